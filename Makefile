@@ -1,0 +1,48 @@
+# wayout: everything a developer runs. `make help` lists it.
+
+GO       ?= go
+PREFIX   ?= /usr/local
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -X main.version=$(VERSION)
+FUZZTIME ?= 60s
+CLANG    ?= clang-14
+STRIP    ?= llvm-strip-14
+
+.PHONY: help build demo test lint fmt bench fuzz generate install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## bin/wayout
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/wayout ./cmd/wayout
+
+demo: build ## a many-address host, a client and an origin in namespaces of their own (needs root)
+	$(GO) run ./scripts/demo -wayout bin/wayout
+
+test: ## every test, under the race detector; live tests need root
+	$(GO) test -race -timeout 15m ./...
+
+lint: ## golangci-lint, go vet and clang-format
+	$(GO) vet ./...
+	golangci-lint run ./...
+	@if ls bpf/*.c >/dev/null 2>&1; then clang-format-14 --dry-run --Werror bpf/*.c bpf/*.h; fi
+
+fmt: ## put the code into its canonical form
+	golangci-lint fmt ./...
+	clang-format-14 -i bpf/*.c bpf/*.h
+
+bench: ## microbenchmarks; BENCH=regexp narrows them
+	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem ./...
+
+fuzz: ## every fuzz target for FUZZTIME each
+	FUZZTIME=$(FUZZTIME) ./scripts/fuzz
+
+generate: ## rebuild what is generated and committed (needs clang-14 and libbpf's headers)
+	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) $(GO) generate ./...
+
+install: build ## install the binary and the unit file below PREFIX
+	install -D -m 0755 bin/wayout $(DESTDIR)$(PREFIX)/bin/wayout
+	install -D -m 0644 scripts/wayout.service $(DESTDIR)$(PREFIX)/lib/systemd/system/wayout.service
+
+clean: ## remove what was built
+	rm -rf bin
