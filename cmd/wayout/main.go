@@ -1,0 +1,154 @@
+// Command wayout routes each request out by the address, device and uplink it
+// asks for. `wayout help` lists its commands.
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+)
+
+// version is set by the linker.
+var version = "dev" //nolint:gochecknoglobals // -ldflags -X needs a package variable
+
+// Exit codes of every command but exec.
+const (
+	exitOK     = 0
+	exitFailed = 1 // failed or refused
+	exitUsage  = 2 // usage or configuration
+)
+
+// errUsage marks a mistake in the command line or in the configuration.
+var errUsage = errors.New("usage")
+
+// env is what a command may touch besides the system it is about.
+type env struct {
+	stdin  *os.File
+	stdout io.Writer
+	stderr io.Writer
+	getenv func(string) string
+}
+
+// verb is one command.
+type verb struct {
+	name  string
+	args  string
+	short string
+	run   func(e *env, args []string) error
+}
+
+func verbs() []verb {
+	return []verb{
+		{"serve", "[--config F]", "run the daemon in the foreground", serve},
+		{"check", "[--config F] [--live] [--reference]", "say what is wrong with a configuration", check},
+		{"paths", "[--watch]", "the state of each path", paths},
+		{"drain", "PATH", "no new connections on a path; the open ones live on", drain},
+		{"undrain", "PATH", "give a drained path back", undrain},
+		{"hash-password", "", "read a password from standard input, print its hash", hashPassword},
+		{"version", "", "print the version", printVersion},
+	}
+}
+
+func main() {
+	os.Exit(run(&env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv}, os.Args[1:]))
+}
+
+func run(e *env, args []string) int {
+	if len(args) == 0 {
+		usage(e.stderr)
+		return exitUsage
+	}
+	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
+		usage(e.stdout)
+		return exitOK
+	}
+	for _, v := range verbs() {
+		if v.name == args[0] {
+			return report(e, v.run(e, args[1:]))
+		}
+	}
+	fmt.Fprintf(e.stderr, "wayout: unknown command %q; `wayout help` lists them\n", args[0])
+	return exitUsage
+}
+
+// report prints an error and turns it into the exit code.
+func report(e *env, err error) int {
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return exitOK
+	case errors.Is(err, errReported):
+		return exitFailed
+	}
+	text := err.Error()
+	if !errors.Is(err, errConfig) { // its lines begin with the file's name
+		text = "wayout: " + text
+	}
+	fmt.Fprintln(e.stderr, text)
+	if errors.Is(err, errUsage) || errors.Is(err, errConfig) {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+func usage(w io.Writer) {
+	fmt.Fprint(w, "wayout sends each request out by the address it asks for.\n\nusage: wayout COMMAND [FLAG...]\n\n")
+	for _, v := range verbs() {
+		fmt.Fprintf(w, "  %-44s %s\n", strings.TrimSpace(v.name+" "+v.args), v.short)
+	}
+	fmt.Fprint(w, "\nMost take --json, --config FILE and --control SOCKET; `wayout COMMAND --help` tells.\n"+
+		"Exit codes: 0 done, 1 failed or refused, 2 usage or configuration.\n")
+}
+
+// flags is a command's flag set with the flags that most commands share.
+type flags struct {
+	*flag.FlagSet
+	config, control *string
+	json            *bool
+}
+
+func newFlags(e *env, name string) *flags {
+	f := flag.NewFlagSet("wayout "+name, flag.ContinueOnError)
+	f.SetOutput(e.stderr)
+	return &flags{FlagSet: f}
+}
+
+func (f *flags) withConfig() *flags {
+	f.config = f.String("config", "", "configuration `file` (default "+defaultConfig+" when it exists)")
+	return f
+}
+
+func (f *flags) withControl() *flags {
+	f.control = f.String("control", "", "control `socket` (default: that of the configuration)")
+	return f.withConfig()
+}
+
+func (f *flags) withJSON() *flags {
+	f.json = f.Bool("json", false, "machine output")
+	return f
+}
+
+// parse reads the flags wherever they stand and gives the other arguments,
+// of which there must be exactly n.
+func (f *flags) parse(args []string, n int) ([]string, error) {
+	var rest []string
+	for {
+		if err := f.Parse(args); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				return nil, err
+			}
+			return nil, errReportedUsage
+		}
+		args = f.Args()
+		if len(args) == 0 {
+			break
+		}
+		rest, args = append(rest, args[0]), args[1:]
+	}
+	if len(rest) != n {
+		return nil, fmt.Errorf("%w: %s takes %d arguments, got %d", errUsage, f.Name(), n, len(rest))
+	}
+	return rest, nil
+}

@@ -1,0 +1,102 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+)
+
+// ErrNoDaemon: nothing answers on the control socket.
+var ErrNoDaemon = errors.New("no wayout is running there")
+
+// Client speaks to a daemon's control socket.
+type Client struct {
+	path string
+	http *http.Client
+}
+
+// NewClient makes a client of the control socket at path. It connects with
+// the first call.
+func NewClient(path string) *Client {
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			conn, err := d.DialContext(ctx, "unix", path)
+			if err != nil {
+				return nil, errors.Join(ErrNoDaemon, err)
+			}
+			return conn, nil
+		},
+	}}}
+}
+
+// Paths reads the state of all paths.
+func (c *Client) Paths(ctx context.Context) (Paths, error) {
+	var p Paths
+	err := c.get(ctx, "/paths", func(dec *json.Decoder) error { return dec.Decode(&p) })
+	return p, err
+}
+
+// Watch calls f with the state of all paths at every change, and about once a
+// second without one, until ctx ends, f fails or the daemon stops.
+func (c *Client) Watch(ctx context.Context, f func(Paths) error) error {
+	return c.get(ctx, "/paths?watch=1", func(dec *json.Decoder) error {
+		for dec.More() {
+			var p Paths
+			if err := dec.Decode(&p); err != nil {
+				return err
+			}
+			if err := f(p); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// get asks for a resource and hands its body to read.
+func (c *Client) get(ctx context.Context, resource string, read func(*json.Decoder) error) error {
+	return c.do(ctx, http.MethodGet, resource, nil, read)
+}
+
+// Drain takes a path out of use for new connections, or gives it back.
+func (c *Client) Drain(ctx context.Context, path string, on bool) error {
+	verb := "/undrain"
+	if on {
+		verb = "/drain"
+	}
+	body, err := json.Marshal(map[string]string{"path": path})
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodPost, verb, body, func(*json.Decoder) error { return nil })
+}
+
+func (c *Client) do(ctx context.Context, method, resource string, body []byte, read func(*json.Decoder) error) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://wayout"+resource, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		// What net/http wraps around it names a URL that means nothing here.
+		if errors.Is(err, ErrNoDaemon) {
+			return fmt.Errorf("control socket %s does not answer: %w", c.path, ErrNoDaemon)
+		}
+		return err
+	}
+	defer resp.Body.Close()
+	dec := json.NewDecoder(resp.Body)
+	if resp.StatusCode != http.StatusOK {
+		var f failure
+		if err := dec.Decode(&f); err != nil || f.Error == "" {
+			f.Error = resp.Status
+		}
+		return errors.New(f.Error)
+	}
+	return read(dec)
+}

@@ -1,0 +1,200 @@
+package control
+
+import (
+	"strconv"
+	"sync/atomic"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"wayout/selection"
+)
+
+// How many values the labels of the request counters have.
+const (
+	sources = 6 // of selection.Source
+	codes   = 1000
+)
+
+// Counters are the request counters of the daemon. They are plain atomics and
+// not a CounterVec, because they stand on the request path: no lock, no map.
+type Counters struct {
+	servers   map[string]*ServerCounters // fixed when made
+	selection [sources]resultCounters
+	reloadOK  atomic.Uint64
+	reloadErr atomic.Uint64
+}
+
+type resultCounters struct {
+	ok, malformed, unknown, disabled, forbidden, down, family, bind atomic.Uint64
+}
+
+// by gives the counter of a result word (selection.Result).
+func (c *resultCounters) by(result string) *atomic.Uint64 {
+	switch result {
+	case "malformed":
+		return &c.malformed
+	case "unknown":
+		return &c.unknown
+	case "disabled":
+		return &c.disabled
+	case "forbidden":
+		return &c.forbidden
+	case "down":
+		return &c.down
+	case "family":
+		return &c.family
+	case "bind":
+		return &c.bind
+	default:
+		return &c.ok
+	}
+}
+
+func resultWords() []string {
+	return []string{"ok", "malformed", "unknown", "disabled", "forbidden", "down", "family", "bind"}
+}
+
+// ServerCounters are the counters of one front end.
+type ServerCounters struct {
+	codes        [codes]atomic.Uint64
+	authFailures atomic.Uint64
+}
+
+// NewCounters makes counters for the named servers.
+func NewCounters(servers []string) *Counters {
+	c := &Counters{servers: make(map[string]*ServerCounters, len(servers))}
+	for _, s := range servers {
+		c.servers[s] = &ServerCounters{}
+	}
+	return c
+}
+
+// Server gives the counters of a front end, to be kept by it; nil for a name
+// that NewCounters was not told.
+func (c *Counters) Server(name string) *ServerCounters { return c.servers[name] }
+
+// Request counts a request that ended with this HTTP status, or its
+// equivalent in another protocol.
+func (s *ServerCounters) Request(code int) {
+	if code < 0 || code >= codes {
+		code = 0
+	}
+	s.codes[code].Add(1)
+}
+
+// AuthFailure counts a request without valid credentials.
+func (s *ServerCounters) AuthFailure() { s.authFailures.Add(1) }
+
+// Selection counts one decision: who chose, and what came of it
+// (selection.Result).
+func (c *Counters) Selection(source selection.Source, result string) {
+	if int(source) < sources {
+		c.selection[source].by(result).Add(1)
+	}
+}
+
+// Reload counts an attempt to load a new configuration.
+func (c *Counters) Reload(err error) {
+	if err != nil {
+		c.reloadErr.Add(1)
+		return
+	}
+	c.reloadOK.Add(1)
+}
+
+// Collector makes the daemon's counters and the state of its paths into
+// Prometheus metrics, read at the moment of the scrape.
+type Collector struct {
+	counters  *Counters
+	paths     func() Paths
+	unmarked  func() uint64 // packets dropped because their socket had no mark
+	accounted func() bool   // the kernel counts: without, its metrics are absent
+
+	up, conns, open, bytes, packets, retrans, rtt, guard *prometheus.Desc
+	requests, selections, auth, reload                   *prometheus.Desc
+}
+
+// NewCollector makes a collector. unmarked and accounted may be nil: then the
+// kernel does not count.
+func NewCollector(c *Counters, paths func() Paths, unmarked func() uint64, accounted func() bool) *Collector {
+	path := []string{"escaper", "path"}
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc("wayout_"+name, help, labels, nil)
+	}
+	return &Collector{
+		counters: c, paths: paths, unmarked: unmarked, accounted: accounted,
+		up:         desc("path_up", "1 when the path's state is up.", path...),
+		conns:      desc("path_connections_total", "Connection attempts by their result.", append(path, "result")...),
+		open:       desc("path_connections_open", "Connections open.", path...),
+		bytes:      desc("path_bytes_total", "IP bytes with headers; in: from the far side.", append(path, "direction")...),
+		packets:    desc("path_packets_total", "Packets on the wire; in: from the far side.", append(path, "direction")...),
+		retrans:    desc("path_retransmits_total", "TCP segments sent again.", path...),
+		rtt:        desc("path_rtt_seconds", "Smoothed round-trip times as TCP samples them.", path...),
+		guard:      desc("path_guard_drops_total", "Packets stopped because they would leave by another source or interface; unmarked ones under empty labels.", path...),
+		requests:   desc("requests_total", "Requests by HTTP status or its equivalent.", "server", "code"),
+		selections: desc("selection_total", "Decisions about the path, by who chose and what came of it.", "source", "result"),
+		auth:       desc("auth_failures_total", "Requests without valid credentials.", "server"),
+		reload:     desc("config_reload_total", "Attempts to load a new configuration.", "result"),
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{
+		c.up, c.conns, c.open, c.bytes, c.packets, c.retrans, c.rtt, c.guard,
+		c.requests, c.selections, c.auth, c.reload,
+	} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *Collector) Collect(ch chan<- prometheus.Metric) {
+	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
+	}
+	kernel := c.accounted != nil && c.accounted()
+	for _, p := range c.paths().Paths {
+		up := 0.0
+		if p.State == "up" {
+			up = 1
+		}
+		ch <- prometheus.MustNewConstMetric(c.up, prometheus.GaugeValue, up, p.Escaper, p.ID)
+		ch <- prometheus.MustNewConstMetric(c.open, prometheus.GaugeValue, float64(p.Connections.Open), p.Escaper, p.ID)
+		for result, n := range p.Results {
+			counter(c.conns, n, p.Escaper, p.ID, result)
+		}
+		if !kernel {
+			continue
+		}
+		counter(c.bytes, p.Bytes.In, p.Escaper, p.ID, "in")
+		counter(c.bytes, p.Bytes.Out, p.Escaper, p.ID, "out")
+		counter(c.packets, p.Packets.In, p.Escaper, p.ID, "in")
+		counter(c.packets, p.Packets.Out, p.Escaper, p.ID, "out")
+		counter(c.retrans, p.Retransmits, p.Escaper, p.ID)
+		counter(c.guard, p.GuardDrops, p.Escaper, p.ID)
+		buckets := make(map[float64]uint64, len(p.RTTBuckets.Bounds))
+		for i, b := range p.RTTBuckets.Bounds {
+			buckets[b] = p.RTTBuckets.Counts[i]
+		}
+		ch <- prometheus.MustNewConstHistogram(c.rtt, p.RTTBuckets.Count, p.RTTBuckets.Sum, buckets, p.Escaper, p.ID)
+	}
+	if kernel && c.unmarked != nil {
+		counter(c.guard, c.unmarked(), "", "")
+	}
+	for name, s := range c.counters.servers {
+		counter(c.auth, s.authFailures.Load(), name)
+		for code := range s.codes {
+			if n := s.codes[code].Load(); n > 0 {
+				counter(c.requests, n, name, strconv.Itoa(code))
+			}
+		}
+	}
+	for source := range sources {
+		for _, r := range resultWords() {
+			counter(c.selections, c.counters.selection[source].by(r).Load(), selection.Source(source).String(), r)
+		}
+	}
+	counter(c.reload, c.counters.reloadOK.Load(), "ok")
+	counter(c.reload, c.counters.reloadErr.Load(), "error")
+}

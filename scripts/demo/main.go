@@ -1,0 +1,348 @@
+// Command demo shows wayout at work: it makes a host with many addresses, a
+// client and an origin in network namespaces of their own, runs the real
+// binary with a real configuration, asks for paths in every way there is, and
+// prints what was asked beside what the origin saw. It leaves nothing behind.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"wayout/router/control"
+	"wayout/scripts/lab"
+)
+
+func main() {
+	binary := flag.String("wayout", "bin/wayout", "the program to show")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	if err := run(ctx, *binary); err != nil {
+		fmt.Fprintln(os.Stderr, "demo:", err)
+		os.Exit(1) //nolint:gocritic // nothing is left for stop to do
+	}
+}
+
+func run(ctx context.Context, binary string) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("network namespaces need root: sudo make demo")
+	}
+	binary, err = filepath.Abs(binary)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "wayout-demo-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	d, err := start(dir, binary)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.close()) }()
+	for _, show := range []func(context.Context) error{d.selections, d.refusals, d.vanishing, d.paths} {
+		if err := show(ctx); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return errors.New("interrupted; everything is taken down again")
+		}
+	}
+	return nil
+}
+
+// demo is the running scene.
+type demo struct {
+	binary         string
+	config, socket string
+	world          *lab.World
+	origin         *lab.Origin
+	daemon         *lab.Daemon
+	proxy          netip.AddrPort
+	wrong          int // answers that were not as they should be
+}
+
+func start(dir, binary string) (*demo, error) {
+	fmt.Println("A host with two uplinks, eight IPv4 and eight IPv6 egress addresses; a client; an origin.")
+	w, err := lab.NewWorld(true)
+	if err != nil {
+		return nil, err
+	}
+	d := &demo{
+		binary: binary, world: w, config: filepath.Join(dir, "wayout.yaml"), socket: filepath.Join(dir, "control.sock"),
+		proxy: netip.AddrPortFrom(netip.MustParseAddr(lab.HostAddr4), 3128),
+	}
+	if err := d.begin(); err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	return d, nil
+}
+
+func (d *demo) begin() error {
+	if err := d.startOrigin(); err != nil {
+		return err
+	}
+	config, err := d.configuration()
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(d.config, []byte(config), 0o600); err != nil {
+		return err
+	}
+	fmt.Printf("\nIts configuration:\n\n%s\n$ wayout serve --config wayout.yaml\n", indent(config))
+	d.daemon, err = lab.StartDaemon(d.world.Host, lab.Program{Path: d.binary, Args: []string{"serve", "--config", d.config}})
+	return err
+}
+
+func (d *demo) startOrigin() error {
+	at4 := netip.AddrPortFrom(netip.MustParseAddr(lab.OriginAddr4), 80)
+	at6 := netip.AddrPortFrom(netip.MustParseAddr(lab.OriginAddr6), 80)
+	l4, err := d.world.Origin.Listen(at4)
+	if err != nil {
+		return err
+	}
+	l6, err := d.world.Origin.Listen(at6)
+	if err != nil {
+		return errors.Join(err, l4.Close())
+	}
+	d.origin = lab.StartOrigin(l4, l6)
+	return nil
+}
+
+func (d *demo) close() error {
+	var errs []error
+	if d.daemon != nil {
+		errs = append(errs, d.daemon.Stop())
+	}
+	if d.origin != nil {
+		errs = append(errs, d.origin.Close())
+	}
+	return errors.Join(append(errs, d.world.Close())...)
+}
+
+const password = "wonderland"
+
+func (d *demo) configuration() (string, error) {
+	var hash bytes.Buffer
+	cmd, err := d.world.Host.Start(lab.Program{
+		Path: d.binary, Args: []string{"hash-password"},
+		Stdin: strings.NewReader(password + "\n"), Stdout: &hash, Stderr: os.Stderr,
+	})
+	if err != nil {
+		return "", err
+	}
+	if err := cmd.Wait(); err != nil {
+		return "", fmt.Errorf("hash-password: %w", err)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, `control: {socket: %s}
+escaper:
+  - name: out
+    type: direct_fixed
+    enable_path_selection: true
+    pick_policy: round_robin
+    nodes:
+`, d.socket)
+	v4, v6 := lab.Egress4(), lab.Egress6()
+	for i := range v4 {
+		if i == len(v4)-1 { // one path that owns no IPv6
+			fmt.Fprintf(&b, "      - {id: %s, ipv4: %s}\n", id(i), v4[i])
+			continue
+		}
+		fmt.Fprintf(&b, "      - {id: %s, ipv4: %s, ipv6: %q}\n", id(i), v4[i], v6[i])
+	}
+	fmt.Fprintf(&b, `user_group:
+  - name: team
+    users:
+      - name: alice
+        password: %q
+        allow_path: ["out/fra-*"]
+      - name: bob
+        password: %q
+        egress_path: {out: lon-2}
+server:
+  - {name: open, type: http_proxy, listen: "%s:3128", open: true, escaper: out, path_selection_header: X-Egress-Path, report_egress: true}
+  - {name: team, type: http_proxy, listen: "%s:3129", user_group: team, escaper: out, path_selection_header: X-Egress-Path}
+`, hash0(&hash), hash0(&hash), lab.HostAddr4, lab.HostAddr4)
+	return b.String(), nil
+}
+
+// hash0 is the hash that hash-password printed: its last line.
+func hash0(out *bytes.Buffer) string {
+	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
+	return lines[len(lines)-1]
+}
+
+// id names the nodes by city: four of each uplink.
+func id(i int) string {
+	return []string{"fra-1", "fra-2", "fra-3", "fra-4", "lon-1", "lon-2", "lon-3", "lon-4"}[i]
+}
+
+func indent(s string) string {
+	return "    " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n    ") + "\n"
+}
+
+// row is one request of a table, with what is expected of it.
+type row struct {
+	say    string // what is asked, in words
+	ask    lab.Ask
+	source string // the address that the origin has to see
+	status int    // the answer when it is refused
+}
+
+func (d *demo) table(ctx context.Context, rows []row) error {
+	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(out, "  asked\tanswer\tthe origin saw\t")
+	for _, r := range rows {
+		if ctx.Err() != nil {
+			return nil
+		}
+		if r.ask.From == nil {
+			r.ask.From = d.world.Client
+		}
+		if !r.ask.Proxy.IsValid() {
+			r.ask.Proxy = d.proxy
+		}
+		if r.ask.Target == "" {
+			r.ask.Target = lab.OriginAddr4 + ":80"
+		}
+		told, err := r.ask.Do()
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.say, err)
+		}
+		want := r.status
+		if want == 0 {
+			want = 200
+		}
+		saw, verdict := told.Seen.Source, "as asked"
+		if told.Status != 200 {
+			saw = "nothing: " + told.Body
+		}
+		if r.source == "" {
+			verdict = ""
+		}
+		if told.Status != want || (r.source != "" && told.Seen.Source != r.source) {
+			verdict = fmt.Sprintf("WRONG, not %d %s", want, r.source)
+			d.wrong++
+		}
+		fmt.Fprintf(out, "  %s\t%d\t%s\t%s\n", r.say, told.Status, saw, verdict)
+	}
+	if err := out.Flush(); err != nil {
+		return err
+	}
+	if d.wrong > 0 {
+		return fmt.Errorf("%d answers were wrong", d.wrong)
+	}
+	return nil
+}
+
+func header(value string) []string { return []string{"X-Egress-Path: " + value} }
+
+func (d *demo) selections(ctx context.Context) error {
+	v4, v6 := lab.Egress4(), lab.Egress6()
+	origin6 := "[" + lab.OriginAddr6 + "]:80"
+	team := netip.AddrPortFrom(d.proxy.Addr(), 3129)
+	// base64 of alice:wonderland and bob:wonderland
+	alice, bob := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==", "Proxy-Authorization: Basic Ym9iOndvbmRlcmxhbmQ="
+	fmt.Print("\nEach request says how it wants to leave:\n\n")
+	return d.table(ctx, []row{
+		{say: "by index: X-Egress-Path: 1", ask: lab.Ask{Header: header("1")}, source: v4[0].String()},
+		{say: "by index, the last: 0", ask: lab.Ask{Header: header("0")}, source: v4[7].String()},
+		{say: "by index, wrapping: 11", ask: lab.Ask{Header: header("11")}, source: v4[2].String()},
+		{say: "by ID: fra-2", ask: lab.Ask{Header: header("fra-2")}, source: v4[1].String()},
+		{say: "by ID, through a CONNECT tunnel: lon-3", ask: lab.Ask{Header: header("lon-3"), Tunnel: true}, source: v4[6].String()},
+		{say: "by address: " + v4[4].String(), ask: lab.Ask{Header: header(v4[4].String())}, source: v4[4].String()},
+		{say: "by map: {\"out\": \"lon-1\"}", ask: lab.Ask{Header: header(`{"out": "lon-1"}`)}, source: v4[4].String()},
+		{say: "by ID, to an IPv6 origin: fra-3", ask: lab.Ask{Header: header("fra-3"), Target: origin6}, source: v6[2].String()},
+		{say: "by IPv6 address, through a tunnel", ask: lab.Ask{Header: header(v6[5].String()), Target: origin6, Tunnel: true}, source: v6[5].String()},
+		{say: "not at all: the policy, round_robin", ask: lab.Ask{}, source: v4[0].String()},
+		{say: "not at all, once more", ask: lab.Ask{}, source: v4[1].String()},
+		{say: "alice asks for fra-4", ask: lab.Ask{Proxy: team, Header: append(header("fra-4"), alice)}, source: v4[3].String()},
+		{say: "bob is mapped to lon-2 by the operator", ask: lab.Ask{Proxy: team, Header: []string{bob}}, source: v4[5].String()},
+		{say: "bob asks for fra-1: the operator's map is stronger", ask: lab.Ask{Proxy: team, Header: append(header("fra-1"), bob)}, source: v4[5].String()},
+	})
+}
+
+func (d *demo) refusals(ctx context.Context) error {
+	team := netip.AddrPortFrom(d.proxy.Addr(), 3129)
+	alice := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA=="
+	origin6 := "[" + lab.OriginAddr6 + "]:80"
+	fmt.Print("\nWhat cannot be honoured is refused, never sent by another path:\n\n")
+	return d.table(ctx, []row{
+		{say: "an unknown ID: par-1", ask: lab.Ask{Header: header("par-1")}, status: 400},
+		{say: "a broken map: {\"out\":", ask: lab.Ask{Header: header(`{"out":`)}, status: 400},
+		{say: "lon-4 owns no IPv6, the origin has nothing else", ask: lab.Ask{Header: header("lon-4"), Target: origin6}, status: 502},
+		{say: "alice asks for lon-1, which is not hers", ask: lab.Ask{Proxy: team, Header: append(header("lon-1"), alice)}, status: 403},
+		{say: "nobody asks for fra-1", ask: lab.Ask{Proxy: team, Header: header("fra-1")}, status: 407},
+	})
+}
+
+func (d *demo) vanishing(ctx context.Context) error {
+	gone := lab.Egress4()[1]
+	fmt.Printf("\n%s is taken off the host's interface:\n\n", gone)
+	if err := d.world.Host.DelAddr("eth0", lab.EgressPrefix(gone)); err != nil {
+		return err
+	}
+	if err := d.until(ctx, "out/fra-2", true); err != nil {
+		return err
+	}
+	if err := d.table(ctx, []row{
+		{say: "fra-2 to the IPv4 origin", ask: lab.Ask{Header: header("fra-2")}, status: 503},
+		{say: "fra-2 to the IPv6 origin", ask: lab.Ask{Header: header("fra-2"), Target: "[" + lab.OriginAddr6 + "]:80"}, source: lab.Egress6()[1].String()},
+	}); err != nil {
+		return err
+	}
+	fmt.Print("\nand put back:\n\n")
+	if err := d.world.Host.AddAddr("eth0", lab.EgressPrefix(gone)); err != nil {
+		return err
+	}
+	if err := d.until(ctx, "out/fra-2", false); err != nil {
+		return err
+	}
+	return d.table(ctx, []row{{say: "fra-2 to the IPv4 origin", ask: lab.Ask{Header: header("fra-2")}, source: gone.String()}})
+}
+
+// until waits for the daemon to notice: a path that lacks one of its addresses
+// says so in its reason.
+func (d *demo) until(ctx context.Context, path string, lacking bool) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	noticed := errors.New("noticed")
+	err := control.NewClient(d.socket).Watch(ctx, func(all control.Paths) error {
+		for _, p := range all.Paths {
+			if p.Path == path && (p.Reason != "") == lacking {
+				return noticed
+			}
+		}
+		return nil
+	})
+	if errors.Is(err, noticed) {
+		return nil
+	}
+	return fmt.Errorf("the daemon does not see what happened to %s: %w", path, err)
+}
+
+// paths shows what the operator sees.
+func (d *demo) paths(context.Context) error {
+	fmt.Print("\n$ wayout paths\n\n")
+	cmd, err := d.world.Host.Start(lab.Program{
+		Path: d.binary, Args: []string{"paths", "--config", d.config}, Stdout: os.Stdout, Stderr: os.Stderr,
+	})
+	if err != nil {
+		return err
+	}
+	return cmd.Wait()
+}

@@ -1,0 +1,128 @@
+package lab
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Daemon is a running `wayout serve`.
+type Daemon struct {
+	cmd   *exec.Cmd
+	ready chan struct{}
+	done  chan struct{}
+
+	mu  sync.Mutex
+	log bytes.Buffer
+	err error
+}
+
+// StartDaemon runs the program in a namespace and waits until it says that it
+// is ready. Its log has to be in format json, at level info.
+func StartDaemon(n *NS, p Program) (*Daemon, error) {
+	d := &Daemon{ready: make(chan struct{}), done: make(chan struct{})}
+	r, w := io.Pipe()
+	if p.Stderr != nil {
+		p.Stderr = io.MultiWriter(p.Stderr, w)
+	} else {
+		p.Stderr = w
+	}
+	cmd, err := n.Start(p)
+	if err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	d.cmd = cmd
+	go d.read(r)
+	go func() {
+		err := cmd.Wait()
+		d.mu.Lock()
+		d.err = err
+		d.mu.Unlock()
+		w.Close()
+		close(d.done)
+	}()
+	select {
+	case <-d.ready:
+		return d, nil
+	case <-d.done:
+		return nil, fmt.Errorf("%s ended before it was ready: %w\n%s", p.Path, d.err, d.Log())
+	case <-time.After(time.Minute):
+		return nil, errors.Join(fmt.Errorf("%s is not ready after a minute\n%s", p.Path, d.Log()), d.Kill())
+	}
+}
+
+func (d *Daemon) read(r io.Reader) {
+	said := false
+	in := bufio.NewScanner(r)
+	in.Buffer(nil, 1<<20)
+	for in.Scan() {
+		d.mu.Lock()
+		d.log.Write(in.Bytes())
+		d.log.WriteByte('\n')
+		d.mu.Unlock()
+		var line struct{ Msg string }
+		if !said && json.Unmarshal(in.Bytes(), &line) == nil && line.Msg == "ready" {
+			said = true
+			close(d.ready)
+		}
+	}
+	// A line over the limit ends the scanner; the program must not block on it.
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return
+	}
+}
+
+// Log is what the daemon has logged until here.
+func (d *Daemon) Log() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.log.String()
+}
+
+// PID of the daemon.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Signal sends a signal.
+func (d *Daemon) Signal(s unix.Signal) error { return d.cmd.Process.Signal(s) }
+
+// Stop ends the daemon as a service manager would, and waits for it.
+func (d *Daemon) Stop() error {
+	if err := d.Signal(unix.SIGTERM); err != nil {
+		return err
+	}
+	select {
+	case <-d.done:
+		return d.exit()
+	case <-time.After(time.Minute):
+		return errors.Join(fmt.Errorf("the daemon does not stop\n%s", d.Log()), d.Kill())
+	}
+}
+
+// Kill ends the daemon without a chance to clean up, and waits for it.
+func (d *Daemon) Kill() error {
+	if err := d.cmd.Process.Kill(); err != nil {
+		return err
+	}
+	<-d.done
+	return nil
+}
+
+// Done is closed when the daemon has ended.
+func (d *Daemon) Done() <-chan struct{} { return d.done }
+
+func (d *Daemon) exit() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.err != nil {
+		return fmt.Errorf("the daemon: %w\n%s", d.err, d.log.String())
+	}
+	return nil
+}
