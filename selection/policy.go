@@ -24,10 +24,11 @@ const (
 	RoundRobin
 	// Rendezvous hashes the key with each ID, by weight: when a node goes, only
 	// its keys move, and they come back with it. A pick goes through all usable
-	// nodes, at some 1 ns each.
+	// nodes, at a few nanoseconds each.
 	Rendezvous
 	// LeastConn takes the node with the fewest open connections per weight,
-	// ties at random. A pick goes through all usable nodes, at some 1 ns each.
+	// ties at random. A pick goes through all usable nodes, at a few nanoseconds
+	// each.
 	LeastConn
 
 	policies // the number of them
@@ -282,7 +283,8 @@ func (p *Pool) classify(t *table) {
 // (0, 1) from the key and its ID, and the least -ln(1-u)/weight wins: the first
 // to come of clocks that run at the nodes' weights, hence exact shares, and a
 // node's draw depends on nothing but the key and its own ID and weight. Within
-// one weight the least u wins, so a logarithm is needed only once a class.
+// one weight the least u wins, so that a logarithm is needed only once a class,
+// and there only when u, which it is never below, might win.
 func (t *table) rendezvous(key uint64) int {
 	key = mix(key)
 	first, firstTime := 0, math.Inf(1)
@@ -300,6 +302,9 @@ func (t *table) rendezvous(key uint64) int {
 			return int(t.members[best])
 		}
 		u := (float64(least) + 0.5) / (1 << 64)
+		if u/c.weight >= firstTime {
+			continue
+		}
 		if time := -math.Log1p(-u) / c.weight; time < firstTime {
 			first, firstTime = best, time
 		}
@@ -313,7 +318,7 @@ func (t *table) rendezvous(key uint64) int {
 func (p *Pool) leastConn(t *table) int {
 	best := t.members[0]
 	open, weight := p.open[best].Load(), int64(p.weights[best])
-	var ties, seed uint64 = 1, 0
+	var ties, seed uint64 = 1, 0 // one random number serves all ties, mixed with their count
 	for _, i := range t.members[1:] {
 		o, w := p.open[i].Load(), int64(p.weights[i])
 		switch a, b := o*weight, open*w; {
@@ -323,9 +328,8 @@ func (p *Pool) leastConn(t *table) int {
 			if seed == 0 {
 				seed = p.rand()
 			}
-			seed = mix(seed)
 			ties++
-			if hit, _ := bits.Mul64(seed, ties); hit == 0 {
+			if hit, _ := bits.Mul64(mix(seed+ties), ties); hit == 0 {
 				best, open, weight = i, o, w
 			}
 		}

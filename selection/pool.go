@@ -160,14 +160,14 @@ func (p *Pool) Resolve(v Value) (node int, fam Family, addr netip.Addr, err erro
 		}
 		return int((v.index - 1) % n), 0, netip.Addr{}, nil
 	case kindID:
-		owner, owned := int32(-1), false
 		if v.addr.IsValid() {
-			owner, owned = p.byAddr[v.addr]
+			// NewPool saw to it that no other node has it as its ID.
+			if i, ok := p.byAddr[v.addr]; ok {
+				return int(i), FamilyOf(v.addr), v.addr, nil
+			}
 		}
 		i, ok := p.byID[v.id]
 		switch {
-		case owned: // NewPool saw to it that no other node has it as an ID
-			return int(owner), FamilyOf(v.addr), v.addr, nil
 		case ok:
 			return int(i), 0, netip.Addr{}, nil
 		case v.addr.IsValid():
