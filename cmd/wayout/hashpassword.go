@@ -58,9 +58,9 @@ func readPassword(e *env) (string, error) {
 func checkPassword(p string) (string, error) {
 	switch {
 	case p == "":
-		return "", fmt.Errorf("%w: the password is empty", errUsage)
+		return "", usageError("the password is empty")
 	case len(p) > maxPassword:
-		return "", fmt.Errorf("%w: the password is longer than %d bytes", errUsage, maxPassword)
+		return "", usageError("the password is longer than %d bytes", maxPassword)
 	}
 	return p, nil
 }

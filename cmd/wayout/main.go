@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"strings"
+
+	"wayout/router/config"
 )
 
 // version is set by the linker.
@@ -20,9 +22,6 @@ const (
 	exitFailed = 1 // failed or refused
 	exitUsage  = 2 // usage or configuration
 )
-
-// errUsage marks a mistake in the command line or in the configuration.
-var errUsage = errors.New("usage")
 
 // env is what a command may touch besides the system it is about.
 type env struct {
@@ -47,6 +46,10 @@ func verbs() []verb {
 		{"paths", "[--watch]", "the state of each path", paths},
 		{"drain", "PATH", "no new connections on a path; the open ones live on", drain},
 		{"undrain", "PATH", "give a drained path back", undrain},
+		{"plan", "[--config F]", "what apply would change, as ip commands", plan},
+		{"apply", "[--config F]", "make addresses, rules and routes as the configuration wants them", apply},
+		{"clean", "[--config F]", "remove all that is ours from the kernel", clean},
+		{"doctor", "[--config F]", "what this host allows and lacks, and the remedies", doctor},
 		{"hash-password", "", "read a password from standard input, print its hash", hashPassword},
 		{"version", "", "print the version", printVersion},
 	}
@@ -76,21 +79,23 @@ func run(e *env, args []string) int {
 
 // report prints an error and turns it into the exit code.
 func report(e *env, err error) int {
-	switch {
-	case err == nil, errors.Is(err, flag.ErrHelp):
+	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return exitOK
-	case errors.Is(err, errReported):
-		return exitFailed
 	}
-	text := err.Error()
-	if !errors.Is(err, errConfig) { // its lines begin with the file's name
-		text = "wayout: " + text
+	code := exitFailed
+	if x := (*exitError)(nil); errors.As(err, &x) {
+		code = x.code
+		if x.err == nil {
+			return code
+		}
 	}
-	fmt.Fprintln(e.stderr, text)
-	if errors.Is(err, errUsage) || errors.Is(err, errConfig) {
-		return exitUsage
+	// The lines of a configuration's mistakes begin with the file's name, as
+	// editors want them.
+	if mistakes := (config.Errors)(nil); !errors.As(err, &mistakes) {
+		fmt.Fprint(e.stderr, "wayout: ")
 	}
-	return exitFailed
+	fmt.Fprintln(e.stderr, err)
+	return code
 }
 
 func usage(w io.Writer) {
@@ -139,7 +144,7 @@ func (f *flags) parse(args []string, n int) ([]string, error) {
 			if errors.Is(err, flag.ErrHelp) {
 				return nil, err
 			}
-			return nil, errReportedUsage
+			return nil, &exitError{code: exitUsage} // package flag has said it
 		}
 		args = f.Args()
 		if len(args) == 0 {
@@ -148,7 +153,7 @@ func (f *flags) parse(args []string, n int) ([]string, error) {
 		rest, args = append(rest, args[0]), args[1:]
 	}
 	if len(rest) != n {
-		return nil, fmt.Errorf("%w: %s takes %d arguments, got %d", errUsage, f.Name(), n, len(rest))
+		return nil, usageError("%s takes %d arguments, got %d", f.Name(), n, len(rest))
 	}
 	return rest, nil
 }

@@ -3,7 +3,6 @@ package lab
 import (
 	"bufio"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -26,7 +25,7 @@ type Daemon struct {
 }
 
 // StartDaemon runs the program in a namespace and waits until it says that it
-// is ready. Its log has to be in format json, at level info.
+// is ready, so its log has to be at level info.
 func StartDaemon(n *NS, p Program) (*Daemon, error) {
 	d := &Daemon{ready: make(chan struct{}), done: make(chan struct{})}
 	r, w := io.Pipe()
@@ -68,8 +67,7 @@ func (d *Daemon) read(r io.Reader) {
 		d.log.Write(in.Bytes())
 		d.log.WriteByte('\n')
 		d.mu.Unlock()
-		var line struct{ Msg string }
-		if !said && json.Unmarshal(in.Bytes(), &line) == nil && line.Msg == "ready" {
+		if !said && isReady(in.Bytes()) {
 			said = true
 			close(d.ready)
 		}
@@ -78,6 +76,11 @@ func (d *Daemon) read(r io.Reader) {
 	if _, err := io.Copy(io.Discard, r); err != nil {
 		return
 	}
+}
+
+// isReady knows the line of either log format.
+func isReady(line []byte) bool {
+	return bytes.Contains(line, []byte(" msg=ready")) || bytes.Contains(line, []byte(`"msg":"ready"`))
 }
 
 // Log is what the daemon has logged until here.

@@ -164,6 +164,20 @@ func (n *NS) AddAddr(link string, addrs ...netip.Prefix) error {
 	})
 }
 
+// AddTentative puts IPv6 addresses on an interface that are not usable before
+// duplicate address detection is over, which takes a second or two where the
+// interface's accept_dad is on.
+func (n *NS) AddTentative(link string, addrs ...netip.Prefix) error {
+	return n.onLink(link, func(l netlink.Link) error {
+		for _, a := range addrs {
+			if err := n.nl.AddrAdd(l, &netlink.Addr{IPNet: ipNet(a)}); err != nil {
+				return fmt.Errorf("add %s: %w", a, err)
+			}
+		}
+		return nil
+	})
+}
+
 // DelAddr takes addresses off an interface.
 func (n *NS) DelAddr(link string, addrs ...netip.Prefix) error {
 	return n.onLink(link, func(l netlink.Link) error {

@@ -34,3 +34,13 @@ func TestNS(tb testing.TB, name string) *NS {
 	})
 	return n
 }
+
+// Missing reports that a program which a live test needs is not installed:
+// the test is skipped, or fails when WAYOUT_TEST_LIVE=1.
+func Missing(tb testing.TB, program string) {
+	tb.Helper()
+	if os.Getenv("WAYOUT_TEST_LIVE") == "1" {
+		tb.Fatalf("live test: %s is not installed", program)
+	}
+	tb.Skipf("live test: needs %s", program)
+}

@@ -1,0 +1,3 @@
+package bpf
+
+//go:generate go tool bpf2go -cc clang-14 -strip llvm-strip-14 -target bpfel -go-package bpf -type guard -type counters kernel kernel.c -- -mcpu=v3 -Wall -Wextra -Werror -nostdinc -I.

@@ -1,0 +1,399 @@
+package netcfg
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kernel is the network state of a namespace: [Netlink], or a fake.
+type Kernel interface {
+	Read() (*Snapshot, error)
+	Do(Op) error
+}
+
+// Verb is what an Op does.
+type Verb uint8
+
+// The verbs. Replace puts a route in the place of one of ours with the same table,
+// destination and metric.
+const (
+	Add Verb = iota
+	Replace
+	Delete
+)
+
+// Kind is what an Op is about.
+type Kind uint8
+
+// The kinds.
+const (
+	KindRoute Kind = iota
+	KindAddress
+	KindRule
+)
+
+// Op is one change of the kernel's state.
+type Op struct {
+	Verb  Verb
+	Kind  Kind
+	Route Route // of KindRoute
+	Addr  Address
+	Rule  Rule
+	Dev   string // the interface's name, for routes and addresses that have one
+}
+
+// Plan is what leads from a Snapshot to a Want, in order: unreachable defaults,
+// routes, addresses and rules are added; then rules, addresses, routes and
+// unreachable defaults are deleted. So a rule never leads to a table that its
+// packets could fall out of.
+type Plan struct {
+	Ops []Op
+
+	// Notes say what of the Want cannot be had at present, and why.
+	Notes []string
+
+	// Conflicts are routes in our tables that are not ours. They are left as they
+	// are; Apply does the rest and returns [ErrConflict].
+	Conflicts []string
+}
+
+// ErrConflict says that somebody else uses our routing tables.
+var ErrConflict = errors.New("routing table is used by another program")
+
+// Diff gives the changes that make have what want asks for. It is pure; the same
+// arguments give the same plan. have has to be read with want's Layout.
+func Diff(have *Snapshot, want Want) Plan {
+	w := want.spell(have)
+	p := Plan{Notes: w.notes}
+	dev := func(index int) string { return have.Links[index].Name }
+
+	ours := make(map[routeKey]Route)
+	foreign := make(map[routeKey]Route)
+	used := make(map[uint32]bool, len(want.Uplinks))
+	for _, u := range want.Uplinks {
+		used[want.Table(u)] = true
+	}
+	for _, r := range have.Routes {
+		r.Down = false
+		switch {
+		case want.Layout.ownsRoute(r):
+			ours[r.key()] = r
+		case used[r.Table]:
+			foreign[r.key()] = r
+			op := Op{Kind: KindRoute, Route: r, Dev: dev(r.LinkIndex)}
+			p.Conflicts = append(p.Conflicts, fmt.Sprintf("table %d holds %s", r.Table, op.routeWords()))
+		}
+	}
+	for _, r := range w.routes {
+		old, there := ours[r.key()]
+		delete(ours, r.key())
+		_, taken := foreign[r.key()]
+		op := Op{Kind: KindRoute, Route: r, Dev: dev(r.LinkIndex)}
+		switch {
+		case there && old == r, taken:
+			continue
+		case there:
+			op.Verb = Replace
+		}
+		p.Ops = append(p.Ops, op)
+	}
+	for _, r := range ours {
+		p.Ops = append(p.Ops, Op{Verb: Delete, Kind: KindRoute, Route: r, Dev: dev(r.LinkIndex)})
+	}
+
+	wanted := make(map[journalKey]bool, len(w.addrs))
+	for _, a := range w.addrs {
+		k := journalKey{a.LinkIndex, a.Addr}
+		wanted[k] = true
+		if !slices.ContainsFunc(have.Addrs[a.Addr], func(o Address) bool { return o.LinkIndex == a.LinkIndex }) {
+			p.Ops = append(p.Ops, Op{Kind: KindAddress, Addr: a, Dev: dev(a.LinkIndex)})
+		}
+	}
+	for _, a := range have.list {
+		if want.Layout.ownsAddr(a, have.AddrProto) && !wanted[journalKey{a.LinkIndex, a.Addr}] {
+			p.Ops = append(p.Ops, Op{Verb: Delete, Kind: KindAddress, Addr: a, Dev: dev(a.LinkIndex)})
+		}
+	}
+
+	for _, r := range w.rules {
+		if !slices.Contains(have.Rules, r) {
+			p.Ops = append(p.Ops, Op{Kind: KindRule, Rule: r})
+		}
+	}
+	for _, r := range have.Rules {
+		if want.Layout.ownsRule(r) && !slices.Contains(w.rules, r) {
+			p.Ops = append(p.Ops, Op{Verb: Delete, Kind: KindRule, Rule: r})
+		}
+	}
+	slices.SortFunc(p.Ops, compareOps)
+	return p
+}
+
+// routeKey is what two routes cannot share in the kernel.
+type routeKey struct {
+	family Family
+	table  uint32
+	dst    netip.Prefix
+	metric uint32
+}
+
+func (r Route) key() routeKey { return routeKey{r.Family, r.Table, r.Dst, r.Metric} }
+
+// isLastResort says whether a route is the end of an uplink's table.
+func (r Route) isLastResort() bool { return r.Type == RouteUnreachable && r.Dst.Bits() == 0 }
+
+// step is an Op's place in the order of a Plan.
+func (o Op) step() int {
+	var n int
+	switch {
+	case o.Kind == KindRoute && o.Route.isLastResort():
+		n = 1
+	case o.Kind == KindRoute && !o.Route.Gateway.IsValid():
+		n = 2
+	case o.Kind == KindRoute:
+		n = 3 // after the prefix that its gateway is in
+	case o.Kind == KindAddress:
+		n = 4
+	case o.Rule.Mask != 0:
+		n = 5
+	default:
+		n = 6
+	}
+	if o.Verb == Delete {
+		n = 20 - n
+	}
+	return n
+}
+
+func compareOps(a, b Op) int {
+	return cmp.Or(cmp.Compare(a.step(), b.step()), compareRoute(a.Route, b.Route), compareAddress(a.Addr, b.Addr),
+		cmp.Compare(a.Rule.Family, b.Rule.Family), cmp.Compare(a.Rule.Table, b.Rule.Table),
+		cmp.Compare(a.Rule.Priority, b.Rule.Priority), a.Rule.Src.Addr().Compare(b.Rule.Src.Addr()))
+}
+
+// Empty says whether there is nothing to do.
+func (p Plan) Empty() bool { return len(p.Ops) == 0 }
+
+// Adds is the part of the plan that takes nothing away, for a daemon that lets its
+// connections drain before it carries out [Plan.Deletes].
+func (p Plan) Adds() Plan {
+	p.Ops = slices.DeleteFunc(slices.Clone(p.Ops), func(o Op) bool { return o.Verb == Delete })
+	return p
+}
+
+// Deletes is the part of the plan that takes away.
+func (p Plan) Deletes() Plan {
+	p.Ops = slices.DeleteFunc(slices.Clone(p.Ops), func(o Op) bool { return o.Verb != Delete })
+	return p
+}
+
+// Commands gives the plan as commands of the program ip.
+func (p Plan) Commands() []string {
+	out := make([]string, len(p.Ops))
+	for i, o := range p.Ops {
+		out[i] = o.String()
+	}
+	return out
+}
+
+// String is the change as a command of the program ip.
+func (o Op) String() string {
+	six := ""
+	switch o.Kind {
+	case KindRoute:
+		if o.Route.Family == IPv6 {
+			six = " -6"
+		}
+		return "ip" + six + " route " + o.verb() + " " + o.routeWords()
+	case KindAddress:
+		words := fmt.Sprintf("ip addr %s %s/%d dev %s", o.verb(), o.Addr.Addr, o.Addr.Prefix, o.Dev)
+		if o.Verb == Delete {
+			return words
+		}
+		if o.Addr.Protocol != 0 {
+			words += fmt.Sprintf(" proto %d", o.Addr.Protocol)
+		}
+		return words + fmt.Sprintf(" metric %d noprefixroute", o.Addr.Metric)
+	}
+	r := o.Rule
+	if r.Family == IPv6 {
+		six = " -6"
+	}
+	return fmt.Sprintf("ip%s rule %s priority %d from %s%s lookup %s proto %d",
+		six, o.verb(), r.Priority, prefixOrAll(r.Src), r.selectors(), tableName(r.Table), r.Protocol)
+}
+
+func (o Op) verb() string {
+	switch o.Verb {
+	case Replace:
+		return "replace"
+	case Delete:
+		return "del"
+	}
+	return "add"
+}
+
+func (o Op) routeWords() string {
+	r := o.Route
+	var b strings.Builder
+	switch r.Type {
+	case RouteUnicast:
+	case RouteUnreachable:
+		b.WriteString("unreachable ")
+	case RouteLocal:
+		b.WriteString("local ")
+	default:
+		fmt.Fprintf(&b, "type %d ", r.Type)
+	}
+	if r.Dst.Bits() == 0 {
+		b.WriteString("default")
+	} else {
+		b.WriteString(r.Dst.String())
+	}
+	if r.Gateway.IsValid() {
+		b.WriteString(" via " + r.Gateway.String())
+	}
+	if r.LinkIndex != 0 {
+		b.WriteString(" dev " + o.Dev)
+	}
+	if r.OnLink {
+		b.WriteString(" onlink")
+	}
+	if r.Scope == unix.RT_SCOPE_LINK {
+		b.WriteString(" scope link")
+	}
+	fmt.Fprintf(&b, " table %s proto %d metric %d", tableName(r.Table), r.Protocol, r.Metric)
+	return b.String()
+}
+
+// maxErrors is how many failed operations an error names.
+const maxErrors = 20
+
+// ground is the table of one family that a rule stands on.
+type ground struct {
+	family Family
+	table  uint32
+}
+
+// Apply carries the plan out. What fails is named in the error and the rest goes
+// on, but for two things: a rule is not added when its table's unreachable default
+// could not be, and that route is not deleted while a rule leads to it. Without
+// permission it stops at once. What a deletion finds gone is no error.
+func (p Plan) Apply(k Kernel) error {
+	var errs []error
+	failed := 0
+	fail := func(o Op, err error) {
+		if failed++; failed <= maxErrors {
+			errs = append(errs, fmt.Errorf("%s: %w", o, err))
+		}
+	}
+	bare := make(map[ground]bool)   // without an unreachable default
+	leadTo := make(map[ground]bool) // with a rule that could not be deleted
+	for _, o := range p.Ops {
+		on := ground{o.Route.Family, o.Route.Table}
+		if o.Kind == KindRule {
+			on = ground{o.Rule.Family, o.Rule.Table}
+		}
+		last := o.Kind == KindRoute && o.Route.isLastResort()
+		if o.Kind == KindRule && o.Verb == Add && bare[on] || last && o.Verb == Delete && leadTo[on] {
+			fail(o, errUnsafe)
+			continue
+		}
+		err := k.Do(o)
+		if err == nil || o.Verb == Delete && isGone(err) || o.Kind == KindAddress && o.Verb == Add && errors.Is(err, unix.EEXIST) {
+			continue
+		}
+		fail(o, err)
+		if errors.Is(err, unix.EPERM) {
+			break
+		}
+		switch {
+		case last && o.Verb != Delete:
+			bare[on] = true
+		case o.Kind == KindRule && o.Verb == Delete:
+			leadTo[on] = true
+		}
+	}
+	if failed > maxErrors {
+		errs = append(errs, fmt.Errorf("and %d more operations failed", failed-maxErrors))
+	}
+	if len(p.Conflicts) > 0 {
+		errs = append(errs, fmt.Errorf("%w: %s", ErrConflict, strings.Join(p.Conflicts, "; ")))
+	}
+	return errors.Join(errs...)
+}
+
+// errUnsafe keeps the order of things when a step of it failed.
+var errUnsafe = errors.New("left undone: packets could fall through to another uplink")
+
+// isGone says whether an error of a deletion means that nothing is left to delete.
+func isGone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) ||
+		errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.ENODEV)
+}
+
+// Reconcile makes the kernel what want asks for when a change may have undone some
+// of it, and logs what it did; n is the number of changes. Without a difference
+// between have and want it asks the kernel nothing.
+func Reconcile(k Kernel, have *Snapshot, want Want, log *slog.Logger) (n int, err error) {
+	if Diff(have, want).Empty() {
+		return 0, nil
+	}
+	// have may be from before our own last change.
+	have, err = k.Read()
+	if err != nil {
+		return 0, err
+	}
+	p := Diff(have, want)
+	for i, c := range p.Commands() {
+		if i == maxErrors {
+			log.Warn("network state put back", "more", len(p.Ops)-i)
+			break
+		}
+		log.Warn("network state put back", "command", c)
+	}
+	if p.Empty() {
+		return 0, nil
+	}
+	return len(p.Ops), p.Apply(k)
+}
+
+// AwaitDAD waits until duplicate address detection is over for all addresses of
+// ours (about 1.5 s after they were added) and gives those that other hosts have.
+// An address whose interface is not up is not waited for.
+func AwaitDAD(ctx context.Context, k Kernel) (duplicate []netip.Addr, err error) {
+	for {
+		s, err := k.Read()
+		if err != nil {
+			return nil, err
+		}
+		waiting := 0
+		duplicate = duplicate[:0]
+		for _, a := range s.list {
+			switch {
+			case !a.Ours:
+			case a.DadFailed:
+				duplicate = append(duplicate, a.Addr)
+			case a.Tentative && s.Links[a.LinkIndex].Up:
+				waiting++
+			}
+		}
+		if waiting == 0 {
+			return duplicate, nil
+		}
+		select {
+		case <-ctx.Done():
+			return duplicate, fmt.Errorf("%d addresses are still tentative: %w", waiting, ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}

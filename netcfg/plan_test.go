@@ -1,0 +1,440 @@
+package netcfg_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"wayout/netcfg"
+)
+
+const (
+	mainTable = netcfg.TableMain
+	kernel    = 2 // RTPROT_KERNEL
+)
+
+func layout() netcfg.Layout {
+	return netcfg.Layout{TableBase: 11900, RulePriority: 11900, MarkMask: 0xff0000}
+}
+
+func addrs(list ...string) []netip.Addr {
+	out := make([]netip.Addr, len(list))
+	for i, s := range list {
+		out[i] = netip.MustParseAddr(s)
+	}
+	return out
+}
+
+// host is a host with two uplinks, each with an IPv4 and an IPv6 prefix, a LAN, and
+// things that are not ours.
+func host() *fakeKernel {
+	k := newFake()
+	k.links = []netcfg.Link{
+		{Index: 1, Name: "lo", Admin: true, Up: true, Loopback: true},
+		{Index: 2, Name: "eth0", Admin: true, Up: true},
+		{Index: 3, Name: "eth1", Admin: true, Up: true},
+		{Index: 4, Name: "lan0", Admin: true, Up: true},
+	}
+	for _, a := range []struct {
+		p    string
+		link int
+	}{
+		{"127.0.0.1/8", 1}, {"198.51.100.5/24", 2}, {"2001:db8:100::5/64", 2}, {"203.0.113.5/28", 3}, {"192.168.7.1/24", 4},
+		{"198.51.100.99/32", 4}, // a foreign address that looks like one of ours
+	} {
+		p := netip.MustParsePrefix(a.p)
+		k.addrs = append(k.addrs, netcfg.Address{Addr: p.Addr(), Prefix: p.Bits(), LinkIndex: a.link, LinkScope: a.link == 1})
+		if a.link != 1 && p.Bits() < 32 || p.Addr().Is6() {
+			k.routes = append(k.routes, connected(p.Masked(), a.link))
+		}
+	}
+	k.routes = append(
+		k.routes, connected(netip.MustParsePrefix("fe80::/64"), 2),
+		netcfg.Route{Family: netcfg.IPv4, Table: mainTable, Type: netcfg.RouteUnicast, Protocol: 3, Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("198.51.100.1"), LinkIndex: 2},
+		netcfg.Route{Family: netcfg.IPv4, Table: 500, Type: netcfg.RouteUnicast, Protocol: netcfg.Protocol, Dst: netip.MustParsePrefix("0.0.0.0/0"), Gateway: netip.MustParseAddr("198.51.100.1"), LinkIndex: 2},
+	)
+	k.rules = []netcfg.Rule{
+		{Family: netcfg.IPv4, Priority: 0, Table: netcfg.TableLocal, Action: 1, Protocol: kernel},
+		{Family: netcfg.IPv4, Priority: 5210, Table: mainTable, Mark: 0x80000, Mask: 0xff0000, Action: 1},
+		{Family: netcfg.IPv4, Priority: 9, Table: 500, Action: 1, Protocol: netcfg.Protocol},           // our protocol, not our priority
+		{Family: netcfg.IPv4, Priority: 11900, Table: 11900, Mark: 0x10000, Mask: 0xff0000, Action: 1}, // ours but for the protocol
+		{Family: netcfg.IPv4, Priority: 32766, Table: mainTable, Action: 1, Protocol: kernel},
+	}
+	return k
+}
+
+func connected(p netip.Prefix, link int) netcfg.Route {
+	r := netcfg.Route{Family: netcfg.IPv4, Table: mainTable, Type: netcfg.RouteUnicast, Scope: 253, Protocol: kernel, Dst: p, LinkIndex: link}
+	if p.Addr().Is6() {
+		r.Family, r.Scope, r.Metric = netcfg.IPv6, 0, 256
+	}
+	return r
+}
+
+func isp1() netcfg.Uplink {
+	return netcfg.Uplink{
+		Name: "isp1", Number: 1, Interface: "eth0", Mark: netcfg.Mark{Value: 0x10000, Mask: 0xff0000},
+		Gateway4: netip.MustParseAddr("198.51.100.1"), Gateway6: netip.MustParseAddr("2001:db8:100::1"),
+		ManageAddresses: true, Addresses: addrs("198.51.100.11", "198.51.100.5", "2001:db8:100::11"),
+	}
+}
+
+func isp2() netcfg.Uplink {
+	return netcfg.Uplink{
+		Name: "isp2", Number: 2, Interface: "eth1", Mark: netcfg.Mark{Value: 0x20000, Mask: 0xff0000},
+		Gateway4: netip.MustParseAddr("203.0.113.1"),
+	}
+}
+
+func want(u ...netcfg.Uplink) netcfg.Want { return netcfg.Want{Layout: layout(), Uplinks: u} }
+
+func TestDiffCommands(t *testing.T) {
+	tests := []struct {
+		name   string
+		change func(k *fakeKernel) // the host, before
+		from   netcfg.Want         // applied first
+		then   func(k *fakeKernel) // the host, after that
+		want   netcfg.Want
+		ip     string
+		notes  string
+	}{
+		{
+			name: "two uplinks on a fresh host",
+			want: want(isp1(), isp2()),
+			ip: `
+ip route add unreachable default table 11900 proto 119 metric 4294967295
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11900 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
+ip route add 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 1024
+ip -6 route add 2001:db8:100::/64 dev eth0 table 11900 proto 119 metric 1024
+ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
+ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
+ip -6 route add default via 2001:db8:100::1 dev eth0 table 11900 proto 119 metric 1024
+ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
+ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute
+ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip rule add priority 11905 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip -6 rule add priority 11965 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
+		},
+		{
+			name: "one uplink leaves",
+			from: want(isp1(), isp2()),
+			want: want(isp1()),
+			ip: `
+ip rule del priority 11905 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip rule del priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule del priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip route del default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
+ip route del 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 1024
+ip route del unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route del unreachable default table 11901 proto 119 metric 4294967295`,
+		},
+		{
+			name: "all of ours goes and nothing else",
+			from: want(isp1()),
+			want: want(),
+			ip: `
+ip rule del priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip -6 rule del priority 11965 from 2001:db8:100::/64 iif lo lookup 11900 proto 119
+ip rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip -6 rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip addr del 198.51.100.11/32 dev eth0
+ip addr del 2001:db8:100::11/128 dev eth0
+ip route del default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
+ip -6 route del default via 2001:db8:100::1 dev eth0 table 11900 proto 119 metric 1024
+ip route del 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
+ip -6 route del 2001:db8:100::/64 dev eth0 table 11900 proto 119 metric 1024
+ip route del unreachable default table 11900 proto 119 metric 4294967295
+ip -6 route del unreachable default table 11900 proto 119 metric 4294967295`,
+		},
+		{
+			name: "another gateway, on no prefix of the interface",
+			from: want(isp1()),
+			want: want(with(isp1(), func(u *netcfg.Uplink) { u.Gateway4 = netip.MustParseAddr("192.0.2.1") })),
+			ip: `
+ip route replace default via 192.0.2.1 dev eth0 onlink table 11900 proto 119 metric 1024`,
+		},
+		{
+			name: "a link-local gateway is on the link",
+			from: want(isp1()),
+			want: want(with(isp1(), func(u *netcfg.Uplink) { u.Gateway6 = netip.MustParseAddr("fe80::1") })),
+			ip: `
+ip -6 route replace default via fe80::1 dev eth0 table 11900 proto 119 metric 1024`,
+		},
+		{
+			name: "another mark: the rule comes before the old one goes",
+			from: want(isp1()),
+			want: want(with(isp1(), func(u *netcfg.Uplink) { u.Mark.Value = 0x30000 })),
+			ip: `
+ip rule add priority 11900 from all fwmark 0x30000/0xff0000 lookup 11900 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x30000/0xff0000 lookup 11900 proto 119
+ip rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip -6 rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119`,
+		},
+		{
+			name: "no interface: packets with its mark go nowhere",
+			want: want(with(isp2(), func(u *netcfg.Uplink) { u.Interface = "ppp9" })),
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119`,
+			notes: "uplink isp2: interface ppp9 does not exist",
+		},
+		{
+			name:  "an interface that went down keeps its rules, IPv6 ones too",
+			from:  want(isp1()),
+			then:  func(k *fakeKernel) { k.down(2) },
+			want:  want(isp1()),
+			notes: "uplink isp1: interface eth0 is down",
+		},
+		{
+			name: "an interface that came up again",
+			from: want(isp1()),
+			then: func(k *fakeKernel) { k.down(2); k.up(2) },
+			want: want(isp1()),
+			ip: `
+ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
+ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
+ip -6 route add default via 2001:db8:100::1 dev eth0 onlink table 11900 proto 119 metric 1024
+ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute
+ip -6 rule del priority 11965 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
+		},
+		{
+			name: "foreign addresses are left where they are",
+			want: want(with(isp2(), func(u *netcfg.Uplink) {
+				u.ManageAddresses, u.Addresses = true, addrs("198.51.100.99", "203.0.113.5", "203.0.113.6", "203.0.113.6")
+			})),
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 1024
+ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
+ip addr add 203.0.113.6/32 dev eth1 proto 119 metric 11901 noprefixroute
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11905 from 203.0.113.0/28 iif lo lookup 11901 proto 119`,
+			notes: "uplink isp2: address 198.51.100.99 is on interface lan0, not on eth1",
+		},
+		{
+			name: "an address moves to the other uplink: added there first",
+			from: want(with(isp1(), noAddrs("203.0.113.7"))),
+			want: want(isp1NoAddrs(), with(isp2(), func(u *netcfg.Uplink) { u.ManageAddresses, u.Addresses = true, addrs("203.0.113.7") })),
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 1024
+ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
+ip addr add 203.0.113.7/32 dev eth1 proto 119 metric 11901 noprefixroute
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11905 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip addr del 203.0.113.7/32 dev eth0`,
+		},
+		{
+			name: "a prefix node",
+			from: want(isp1()),
+			want: want(with(isp1(), func(u *netcfg.Uplink) {
+				u.Local = []netip.Prefix{netip.MustParsePrefix("2001:db8:beef::/64"), netip.MustParsePrefix("10.60.0.0/24")}
+			})),
+			ip: `
+ip route add local 10.60.0.0/24 dev lo table local proto 119 metric 11900
+ip -6 route add local 2001:db8:beef::/64 dev lo table local proto 119 metric 11900`,
+		},
+		{
+			name: "two uplinks by one interface: each prefix to the one whose gateway is in it",
+			change: func(k *fakeKernel) {
+				p := netip.MustParsePrefix("203.0.113.65/28")
+				k.addrs = append(k.addrs, netcfg.Address{Addr: p.Addr(), Prefix: 28, LinkIndex: 2})
+				k.routes = append(k.routes, connected(p.Masked(), 2))
+			},
+			from: want(isp1NoAddrs()),
+			want: want(isp1NoAddrs(), with(isp2(), func(u *netcfg.Uplink) { u.Interface, u.Gateway4 = "eth0", netip.MustParseAddr("203.0.113.66") })),
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 198.51.100.0/24 dev eth0 scope link table 11901 proto 119 metric 1024
+ip route add 203.0.113.64/28 dev eth0 scope link table 11901 proto 119 metric 1024
+ip -6 route add 2001:db8:100::/64 dev eth0 table 11901 proto 119 metric 1024
+ip route add default via 203.0.113.66 dev eth0 table 11901 proto 119 metric 1024
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11905 from 203.0.113.64/28 iif lo lookup 11901 proto 119
+ip rule del priority 11905 from 203.0.113.64/28 iif lo lookup 11900 proto 119`,
+		},
+		{
+			name: "a lone address, as clouds and point-to-point links have it, and half the internet",
+			change: func(k *fakeKernel) {
+				k.links = append(k.links, netcfg.Link{Index: 5, Name: "tun0", Admin: true, Up: true})
+				k.addrs = append(k.addrs, netcfg.Address{Addr: netip.MustParseAddr("10.8.0.2"), Prefix: 32, LinkIndex: 5, Peer: netip.MustParseAddr("10.8.0.1")})
+				k.routes = append(k.routes, connected(netip.MustParsePrefix("10.8.0.1/32"), 5), connected(netip.MustParsePrefix("0.0.0.0/1"), 5))
+			},
+			want: want(with(isp2(), func(u *netcfg.Uplink) { u.Interface, u.Gateway4 = "tun0", netip.Addr{} })),
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 0.0.0.0/1 dev tun0 scope link table 11901 proto 119 metric 1024
+ip route add 10.8.0.1/32 dev tun0 scope link table 11901 proto 119 metric 1024
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11901 from 10.8.0.2/32 iif lo lookup 11901 proto 119`,
+		},
+		{
+			name: "a host without IPv6",
+			change: func(k *fakeKernel) {
+				k.noIPv6 = true
+				k.addrs = slices.DeleteFunc(k.addrs, func(a netcfg.Address) bool { return a.Addr.Is6() })
+				k.routes = slices.DeleteFunc(k.routes, func(r netcfg.Route) bool { return r.Family == netcfg.IPv6 })
+			},
+			want: want(isp1()),
+			ip: `
+ip route add unreachable default table 11900 proto 119 metric 4294967295
+ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
+ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
+ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
+ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			k := host()
+			if tt.change != nil {
+				tt.change(k)
+			}
+			if len(tt.from.Uplinks) > 0 {
+				if err := netcfg.Diff(k.snapshot(), tt.from).Apply(k); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.then != nil {
+				tt.then(k)
+			}
+			if err := tt.want.Validate(); err != nil {
+				t.Fatal(err)
+			}
+			p := netcfg.Diff(k.snapshot(), tt.want)
+			if got, want := strings.Join(p.Commands(), "\n"), strings.TrimSpace(tt.ip); got != want {
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+			if got := strings.Join(p.Notes, "\n"); got != tt.notes {
+				t.Errorf("notes %q, want %q", got, tt.notes)
+			}
+			if len(p.Conflicts) > 0 {
+				t.Errorf("conflicts %q", p.Conflicts)
+			}
+			if len(p.Adds().Ops)+len(p.Deletes().Ops) != len(p.Ops) {
+				t.Error("Adds and Deletes are not the whole plan")
+			}
+			if err := p.Apply(k); err != nil {
+				t.Fatal(err)
+			}
+			if again := netcfg.Diff(k.snapshot(), tt.want); !again.Empty() {
+				t.Errorf("a second time there is still to do:\n%s", strings.Join(again.Commands(), "\n"))
+			}
+		})
+	}
+}
+
+func with(u netcfg.Uplink, f func(*netcfg.Uplink)) netcfg.Uplink {
+	f(&u)
+	return u
+}
+
+func noAddrs(list ...string) func(*netcfg.Uplink) {
+	return func(u *netcfg.Uplink) { u.Addresses = addrs(list...) }
+}
+
+func isp1NoAddrs() netcfg.Uplink { return with(isp1(), noAddrs()) }
+
+func TestDiffConflicts(t *testing.T) {
+	k := host()
+	k.routes = append(k.routes, netcfg.Route{
+		Family: netcfg.IPv4, Table: 11900, Type: netcfg.RouteUnicast, Protocol: 4, Dst: netip.MustParsePrefix("0.0.0.0/0"),
+		Gateway: netip.MustParseAddr("203.0.113.1"), LinkIndex: 3, Metric: 1024,
+	})
+	before := k.snapshot()
+	p := netcfg.Diff(before, want(isp1()))
+	if got, want := strings.Join(p.Conflicts, "\n"), "table 11900 holds default via 203.0.113.1 dev eth1 table 11900 proto 4 metric 1024"; got != want {
+		t.Errorf("conflicts\n%s\nwant\n%s", got, want)
+	}
+	if err := p.Apply(k); !isErr(err, netcfg.ErrConflict) {
+		t.Errorf("got error %v, want ErrConflict", err)
+	}
+	if !k.snapshot().HasRoute(k.routes[len(k.routes)-1]) || slices.ContainsFunc(p.Commands(), func(c string) bool {
+		return strings.Contains(c, "replace")
+	}) {
+		t.Error("the foreign route was touched")
+	}
+}
+
+// TestRulesDoNotGrow: rules go with uplinks and their prefixes, never with nodes.
+func TestRulesDoNotGrow(t *testing.T) {
+	count := func(n int) (rules, addresses int) {
+		u := isp1()
+		u.Addresses = nil
+		for i := range n {
+			u.Addresses = append(u.Addresses, netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}))
+		}
+		for _, o := range netcfg.Diff(host().snapshot(), want(u, isp2())).Ops {
+			switch o.Kind {
+			case netcfg.KindRule:
+				rules++
+			case netcfg.KindAddress:
+				addresses++
+			}
+		}
+		return rules, addresses
+	}
+	for _, n := range []int{16, 200, 65000} {
+		if rules, addresses := count(n); rules != 7 || addresses != n {
+			t.Errorf("%d nodes: %d rules and %d addresses, want 7 and %d", n, rules, addresses, n)
+		}
+	}
+}
+
+func TestValidate(t *testing.T) {
+	ok := want(isp1(), isp2())
+	if err := ok.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		what   string
+		change func(*netcfg.Want)
+		want   string
+	}{
+		{"table of the host", func(w *netcfg.Want) { w.Layout.TableBase = 200 }, "table_base 200"},
+		{"table range over the end", func(w *netcfg.Want) { w.Layout.TableBase = 0xffffffff }, "table_base 4294967295"},
+		{"priority after main", func(w *netcfg.Want) { w.Layout.RulePriority = 32766 }, "rule_priority 32766"},
+		{"no mark bits", func(w *netcfg.Want) { w.Layout.MarkMask = 0 }, "mark_mask is 0"},
+		{"number 0", func(w *netcfg.Want) { w.Uplinks[0].Number = 0 }, "number 0"},
+		{"number too high", func(w *netcfg.Want) { w.Uplinks[0].Number = 257 }, "number 257"},
+		{"same number", func(w *netcfg.Want) { w.Uplinks[0].Number = 2 }, "have number 2"},
+		{"same name", func(w *netcfg.Want) { w.Uplinks[0].Name = "isp2" }, "two uplinks are named isp2"},
+		{"same mark", func(w *netcfg.Want) { w.Uplinks[0].Mark.Value = 0x20000 }, "marks of both"},
+		{"mark that contains the other", func(w *netcfg.Want) { w.Uplinks[0].Mark = netcfg.Mark{Value: 0x20000, Mask: 0x20000} }, "marks of both"},
+		{"mark 0", func(w *netcfg.Want) { w.Uplinks[0].Mark.Value = 0 }, "mark 0x0"},
+		{"mark outside its mask", func(w *netcfg.Want) { w.Uplinks[0].Mark.Value = 0x1 }, "mark 0x1"},
+		{"mask outside ours", func(w *netcfg.Want) { w.Uplinks[0].Mark.Mask = 0xffff0000 }, "mark_mask 0xff0000"},
+		{"no interface", func(w *netcfg.Want) { w.Uplinks[0].Interface = "" }, `interface ""`},
+		{"long interface", func(w *netcfg.Want) { w.Uplinks[0].Interface = "interface0123456" }, "1 to 15"},
+		{"gateway of the wrong family", func(w *netcfg.Want) { w.Uplinks[0].Gateway4 = netip.MustParseAddr("::1") }, "gateway4 ::1"},
+		{"gateway with a zone", func(w *netcfg.Want) { w.Uplinks[0].Gateway6 = netip.MustParseAddr("fe80::1%eth0") }, "gateway6 fe80::1%eth0"},
+		{"mapped address", func(w *netcfg.Want) { w.Uplinks[0].Addresses = addrs("::ffff:192.0.2.1") }, "address ::ffff:192.0.2.1"},
+		{"host bits", func(w *netcfg.Want) { w.Uplinks[0].Local = []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")} }, "prefix 10.0.0.1/8"},
+	} {
+		w := want(isp1(), isp2())
+		tt.change(&w)
+		err := w.Validate()
+		if !isErr(err, netcfg.ErrLayout) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got error %v, want one with %q", tt.what, err, tt.want)
+		}
+	}
+}

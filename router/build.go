@@ -1,0 +1,227 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"wayout/bpf"
+	"wayout/router/auth"
+	"wayout/router/config"
+	"wayout/router/escaper"
+	"wayout/router/resolve"
+	"wayout/selection"
+)
+
+// Limits of the pool of idle upstream connections.
+const (
+	idlePerKey = 32
+	idleTotal  = 8192
+)
+
+// plan is all that a configuration comes to before anything touches the
+// system: it is checked by being built.
+type plan struct {
+	config    *config.Config
+	layout    bpf.Layout
+	resolvers map[string]*resolve.Resolver
+	groups    map[string]*auth.Group
+	uplinks   map[string]uplink
+	host      *escaper.Host
+	table     *escaper.Table
+	client    uint32 // mark of listeners and what they accept
+	control   uint32 // mark of the daemon's own traffic
+}
+
+// uplink is an uplink with its number, which its table and its mark are made
+// from. Numbers are positions in the configuration, from 1.
+type uplink struct {
+	config.Uplink
+	number uint32
+}
+
+// build makes the parts of a configuration. Nothing is opened; the sysctl of
+// the local ports is read.
+func (r *Router) build(c *config.Config, layout bpf.Layout) (*plan, error) {
+	p := &plan{
+		config: c, layout: layout, host: &escaper.Host{},
+		resolvers: map[string]*resolve.Resolver{}, groups: map[string]*auth.Group{}, uplinks: map[string]uplink{},
+	}
+	var err error
+	if p.client, err = layout.Mark(bpf.ClassClient, 0, 0); err != nil {
+		return nil, err
+	}
+	if p.control, err = layout.Mark(bpf.ClassControl, 0, 0); err != nil {
+		return nil, err
+	}
+	for i, u := range c.Uplinks {
+		p.uplinks[u.Name] = uplink{u, uint32(i + 1)}
+	}
+	for _, rc := range c.Resolvers {
+		p.resolvers[rc.Name] = resolve.New(resolve.Options{Dial: marked(p.control), Log: r.log})
+	}
+	gate := auth.NewGate(0)
+	for _, g := range c.UserGroups {
+		if p.groups[g.Name], err = buildGroup(g, gate); err != nil {
+			return nil, errors.Join(err, p.close())
+		}
+	}
+	if err := r.buildEscapers(p); err != nil {
+		return nil, errors.Join(err, p.close())
+	}
+	return p, nil
+}
+
+// close lets go of what build made.
+func (p *plan) close() error {
+	for _, r := range p.resolvers {
+		r.Close()
+	}
+	return nil
+}
+
+func buildGroup(g config.UserGroup, gate *auth.Gate) (*auth.Group, error) {
+	users := make([]auth.Credential, len(g.Users))
+	for i, u := range g.Users {
+		users[i] = auth.Credential{
+			User: auth.User{Name: u.Name, Selection: u.EgressPath, Allow: u.Allow},
+			Hash: u.Password,
+		}
+	}
+	return auth.NewGroup(g.Name, users, auth.Options{Gate: gate})
+}
+
+func (r *Router) buildEscapers(p *plan) error {
+	sockets, err := escaper.NewSockets(0, 0)
+	if err != nil {
+		return err
+	}
+	// One pool serves all escapers, so it is as patient as the most patient
+	// server.
+	var keep time.Duration
+	for _, s := range p.config.Servers {
+		if s.UpstreamKeepalive.Enable {
+			keep = max(keep, s.UpstreamKeepalive.IdleExpire)
+		}
+	}
+	var idle *escaper.Idle
+	if keep > 0 {
+		idle = escaper.NewIdle(idlePerKey, idleTotal, keep)
+	}
+	var all []*escaper.Direct
+	for i := range p.config.Escapers {
+		e := &p.config.Escapers[i]
+		o := escaper.Options{
+			Name: e.Name, Policy: e.PickPolicy, StrictIndex: e.StrictIndex, EnableSelection: e.EnablePathSelection,
+			Resolver: p.resolvers[e.Resolver], Sockets: sockets, Idle: idle,
+			ConnectTimeout: e.TCPConnect.EachTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
+		}
+		if o.PickKey, err = escaper.ParsePickKey(e.PickKey); err != nil {
+			return err
+		}
+		if o.Filter, err = escaper.NewFilter(p.host, rules(e.Filter.Allow), rules(e.Filter.Deny)); err != nil {
+			return fmt.Errorf("escaper %s: %w", e.Name, err)
+		}
+		if o.Nodes, err = r.buildNodes(p, e); err != nil {
+			return fmt.Errorf("escaper %s: %w", e.Name, err)
+		}
+		if t := r.door.Table(); t != nil {
+			o.Prior = t.Escaper(e.Name)
+		}
+		d, err := escaper.NewDirect(o)
+		if err != nil {
+			return err
+		}
+		all = append(all, d)
+	}
+	p.table, err = escaper.NewTable(all...)
+	return err
+}
+
+func rules(list []config.Rule) []string {
+	words := make([]string, len(list))
+	for i, r := range list {
+		if words[i] = string(r.Class); r.Class == config.ClassNone {
+			words[i] = r.Prefix.String()
+		}
+	}
+	return words
+}
+
+func (r *Router) buildNodes(p *plan, e *config.Escaper) ([]escaper.NodeOptions, error) {
+	nodes := make([]escaper.NodeOptions, len(e.Nodes))
+	for i, n := range e.Nodes {
+		o := escaper.NodeOptions{
+			ID: n.ID, V4: n.IPv4, V6: n.IPv6, Interface: n.Interface, BindToDevice: n.Interface != "",
+			Uplink: n.Uplink, Weight: n.Weight,
+		}
+		if !o.V4.IsValid() && !o.V6.IsValid() {
+			o.Unbound = selection.V4 | selection.V6
+		}
+		number, err := r.numbers.Take()
+		if err != nil {
+			return nil, fmt.Errorf("node %s: %w", n.ID, err)
+		}
+		up := p.uplinks[n.Uplink]
+		if o.Mark, err = p.layout.Mark(bpf.ClassPath, up.number, number); err != nil {
+			return nil, fmt.Errorf("node %s: %w", n.ID, err)
+		}
+		o.Number = number
+		nodes[i] = o
+	}
+	return nodes, nil
+}
+
+// marked makes a dial function whose sockets carry a mark.
+func marked(mark uint32) func(context.Context, string, string) (net.Conn, error) {
+	d := &net.Dialer{KeepAlive: -1, Control: func(_, _ string, raw syscall.RawConn) error { return setMark(raw, mark) }}
+	d.SetMultipathTCP(false)
+	return d.DialContext
+}
+
+func setMark(raw syscall.RawConn, mark uint32) error {
+	var err error
+	ctl := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(mark)) })
+	if err != nil {
+		err = fmt.Errorf("set SO_MARK (it needs CAP_NET_ADMIN): %w", err)
+	}
+	return errors.Join(ctl, err)
+}
+
+// deferAccept is how long the kernel holds back a connection on which the
+// client has said nothing yet, in seconds: in HTTP the client speaks first.
+const deferAccept = 10
+
+// listen opens a marked listener. What it accepts inherits the mark. proxy
+// marks a port on which the client speaks first.
+func listen(at netip.AddrPort, mark uint32, proxy bool) (*net.TCPListener, error) {
+	lc := net.ListenConfig{
+		KeepAlive: -1, // four system calls on each accepted connection
+		Control: func(_, _ string, raw syscall.RawConn) error {
+			if err := setMark(raw, mark); err != nil || !proxy {
+				return err
+			}
+			var err error
+			ctl := raw.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, deferAccept)
+			})
+			return errors.Join(ctl, err)
+		},
+	}
+	lc.SetMultipathTCP(false)
+	network := "tcp"
+	if at.Addr().Is4() {
+		network = "tcp4"
+	}
+	l, err := lc.Listen(context.Background(), network, at.String())
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", at, err)
+	}
+	return l.(*net.TCPListener), nil
+}

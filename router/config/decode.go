@@ -1,0 +1,535 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Load reads and checks a configuration file. What is wrong with its content comes as Errors; another error means that
+// it could not be read.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open configuration: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return Parse(path, data)
+}
+
+// Parse checks the text of a configuration file; name stands for it in errors. Every error is an Errors with all
+// mistakes of the file.
+func Parse(name string, data []byte) (*Config, error) {
+	d := newDecoder(name)
+	root := d.document(data)
+	if root == nil {
+		return nil, d.errs
+	}
+	c := d.fresh()
+	d.structure(&place{node: root}, reflect.ValueOf(c).Elem())
+	d.finish(c)
+	if len(d.errs) > 0 {
+		d.errs.sort()
+		return nil, d.errs
+	}
+	return c, nil
+}
+
+// maxAliased bounds the values that aliases add to a file, and maxNodes the nodes that its ranges do: a short file must
+// not become a large configuration.
+const (
+	maxAliased = 1 << 20
+	maxNodes   = 1 << 18
+)
+
+// A decoder reads one file. It goes on after a mistake: what is wrong keeps its default, so that later checks are about
+// what the file says.
+type decoder struct {
+	file    string
+	errs    Errors
+	tables  map[reflect.Type]*table
+	kinds   map[string]kind
+	places  map[any]*place // of each struct but nodes, by pointer
+	specs   map[*[]Node][]nodeSpec
+	refs    []ref
+	skipped map[any]bool // structs of a type that is not supported yet
+	aliased int
+	nodes   int
+	spent   bool // one of the bounds was reached, and that was said
+}
+
+func newDecoder(file string) *decoder {
+	return &decoder{
+		file:   file,
+		tables: make(map[reflect.Type]*table),
+		kinds:  kinds(),
+		places: make(map[any]*place),
+		specs:  make(map[*[]Node][]nodeSpec),
+
+		skipped: make(map[any]bool),
+	}
+}
+
+// fresh returns a Config of defaults.
+func (d *decoder) fresh() *Config {
+	return d.table(reflect.TypeFor[Config]()).defaults.Addr().Interface().(*Config)
+}
+
+func newWithDefaults[T any]() *T {
+	return newDecoder("").table(reflect.TypeFor[T]()).defaults.Addr().Interface().(*T)
+}
+
+// A place is a value in the file and the way to it.
+type place struct {
+	up    *place
+	key   string     // in a map
+	index int        // in a list, when key is empty
+	node  *yaml.Node // never an alias
+	alias bool       // reached through an alias
+}
+
+func (p *place) String() string {
+	switch {
+	case p.up == nil:
+		return ""
+	case p.key == "":
+		return p.up.String() + "[" + strconv.Itoa(p.index) + "]"
+	}
+	key := p.key
+	if strings.ContainsAny(key, ": \t\r\n") || !validUTF8Print(key) {
+		key = quote(key)
+	}
+	if up := p.up.String(); up != "" {
+		return up + "." + key
+	}
+	return key
+}
+
+func validUTF8Print(s string) bool {
+	for _, r := range s {
+		if !strconv.IsPrint(r) {
+			return false
+		}
+	}
+	return true
+}
+
+// at is the place of a key's value, or of a list's item when key is empty.
+func (d *decoder) at(up *place, key string, index int, n *yaml.Node) *place {
+	p := &place{up: up, key: key, index: index, node: n, alias: up.alias}
+	if n.Kind == yaml.AliasNode {
+		p.node, p.alias = n.Alias, true // never nil, the parser refuses unknown anchors; never an alias itself
+	}
+	if p.alias {
+		d.aliased++
+	}
+	if d.aliased > maxAliased && !d.spent {
+		d.spent = true
+		d.fail(p, "aliases make the file too large")
+	}
+	return p
+}
+
+// find is the place of a key's value in a map that was decoded, by any of its names; nil when it is not there.
+func (d *decoder) find(p *place, names ...string) *place {
+	if p == nil || p.node.Kind != yaml.MappingNode {
+		return nil
+	}
+	c := p.node.Content
+	for i := 0; i+1 < len(c); i += 2 {
+		k := c[i]
+		if k.Kind == yaml.AliasNode {
+			k = k.Alias
+		}
+		if k.Kind == yaml.ScalarNode && slices.Contains(names, k.Value) {
+			return d.at(p, k.Value, 0, c[i+1])
+		}
+	}
+	return nil
+}
+
+// items are the places of a list's items, or the one place of a value that stands for a list.
+func (d *decoder) items(p *place) []*place {
+	if p.node.Kind != yaml.SequenceNode {
+		return []*place{p}
+	}
+	out := make([]*place, len(p.node.Content))
+	for i, n := range p.node.Content {
+		out[i] = d.at(p, "", i, n)
+	}
+	return out
+}
+
+func (d *decoder) failFile(line int, msg string) {
+	d.errs = append(d.errs, &Error{File: d.file, Line: line, Msg: msg})
+}
+
+// fail says what is wrong with the value at p, and what the value is.
+func (d *decoder) fail(p *place, format string, args ...any) {
+	d.failGot(p, p.node.Line, got(p.node), format, args...)
+}
+
+// failMissing says that a key of the map at p is not there.
+func (d *decoder) failMissing(p *place, key, msg string) {
+	d.failGot(&place{up: p, key: key}, p.node.Line, "", "%s", msg)
+}
+
+func (d *decoder) failGot(p *place, line int, value, format string, args ...any) {
+	key := p.String()
+	if key == "" {
+		key = "(the file)"
+	}
+	msg := fmt.Sprintf(format, args...) + ", got " + quote(value)
+	d.errs = append(d.errs, &Error{File: d.file, Line: max(1, line), Key: key, Msg: msg})
+}
+
+// got is how an error shows a value.
+func got(n *yaml.Node) string {
+	switch n.Kind {
+	case yaml.MappingNode:
+		return "{...}"
+	case yaml.SequenceNode:
+		return "[...]"
+	}
+	return n.Value
+}
+
+// A table is what a struct's tags say.
+type table struct {
+	fields   []field
+	byKey    map[string]int // aliases too
+	later    map[string]bool
+	defaults reflect.Value // a struct of defaults, addressable
+}
+
+type field struct {
+	index                                     int
+	key, alias, word, unit, def, meaning, ref string
+	of, later                                 []string
+	min, max                                  string
+	required                                  bool
+	decode                                    func(*decoder, *place, *field, reflect.Value)
+	sub                                       reflect.Type // of a struct, or of a list's structs
+}
+
+// table reads the tags of a struct, once.
+func (d *decoder) table(t reflect.Type) *table {
+	if have := d.tables[t]; have != nil {
+		return have
+	}
+	out := &table{byKey: make(map[string]int), later: make(map[string]bool), defaults: reflect.New(t).Elem()}
+	d.tables[t] = out
+	for i := range t.NumField() {
+		sf := t.Field(i)
+		if sf.Name == "_" {
+			for _, key := range strings.Fields(sf.Tag.Get("later")) {
+				out.later[key] = true
+			}
+			continue
+		}
+		key, ok := sf.Tag.Lookup("key")
+		if !ok {
+			continue
+		}
+		f := field{
+			index: i, key: key, alias: sf.Tag.Get("alias"), word: sf.Tag.Get("type"), unit: sf.Tag.Get("unit"),
+			def: sf.Tag.Get("default"), meaning: sf.Tag.Get("meaning"), ref: sf.Tag.Get("ref"),
+			of: strings.Fields(sf.Tag.Get("of")), later: strings.Fields(sf.Tag.Get("later")),
+			min: sf.Tag.Get("min"), max: sf.Tag.Get("max"), required: sf.Tag.Get("required") == "yes",
+		}
+		switch {
+		case f.word != "":
+			k := d.kinds[f.word]
+			f.decode = k.decode
+			if f.unit == "" {
+				f.unit = k.unit
+			}
+			if k.sub != nil {
+				f.sub = k.sub
+			}
+		case sf.Type.Kind() == reflect.Struct:
+			f.word, f.sub, f.decode = "map", sf.Type, (*decoder).submap
+		default:
+			f.word, f.sub, f.decode = "list of maps", sf.Type.Elem(), (*decoder).sublist
+		}
+		out.byKey[key] = len(out.fields)
+		if f.alias != "" {
+			out.byKey[f.alias] = len(out.fields)
+		}
+		out.fields = append(out.fields, f)
+	}
+	for i := range out.fields {
+		f := &out.fields[i]
+		v := out.defaults.Field(f.index)
+		switch {
+		case f.word == "map":
+			v.Set(d.table(f.sub).defaults)
+		case f.def != "":
+			f.decode(d, &place{key: f.key, up: &place{}, node: defaultNode(f.def)}, f, v)
+		}
+	}
+	return out
+}
+
+// defaultNode is a default's text as the parser would give it.
+func defaultNode(text string) *yaml.Node {
+	n := &yaml.Node{Kind: yaml.ScalarNode, Value: text, Line: 1}
+	n.Tag = n.ShortTag()
+	return n
+}
+
+func (d *decoder) submap(p *place, _ *field, v reflect.Value) { d.structure(p, v) }
+
+func (d *decoder) sublist(p *place, _ *field, v reflect.Value) {
+	if !d.isList(p) {
+		return
+	}
+	// At its full length from the start: places are kept by pointer.
+	v.Set(reflect.MakeSlice(v.Type(), len(p.node.Content), len(p.node.Content)))
+	for i, n := range p.node.Content {
+		if d.spent {
+			return
+		}
+		d.structure(d.at(p, "", i, n), v.Index(i))
+	}
+}
+
+func (d *decoder) isList(p *place) bool {
+	if p.node.Kind != yaml.SequenceNode || p.node.ShortTag() != "!!seq" {
+		d.fail(p, "want a list")
+		return false
+	}
+	return true
+}
+
+// structure decodes a map by the tags of v's type.
+func (d *decoder) structure(p *place, v reflect.Value) {
+	if p.node.Kind != yaml.MappingNode || p.node.ShortTag() != "!!map" {
+		d.fail(p, "want a map of keys and values")
+		return
+	}
+	t := d.table(v.Type())
+	v.Set(t.defaults)
+	if v.Type() != reflect.TypeFor[nodeSpec]() {
+		d.places[v.Addr().Interface()] = p
+	}
+	if d.tooNew(p, t, v) {
+		return
+	}
+	var seen [64]*yaml.Node // by field: its key
+	c := p.node.Content
+	for i := 0; i+1 < len(c) && !d.spent; i += 2 {
+		k := c[i]
+		if k.Kind == yaml.AliasNode {
+			k = k.Alias
+		}
+		f := d.keyed(p, t, k)
+		if f < 0 {
+			continue
+		}
+		if first := seen[f]; first != nil {
+			kp := &place{up: p, key: k.Value}
+			if first.Value == k.Value {
+				d.failGot(kp, k.Line, k.Value, "is given twice, first on line %d", first.Line)
+			} else {
+				d.failGot(kp, k.Line, k.Value, "means the same as %s on line %d: give one of them", first.Value, first.Line)
+			}
+			continue
+		}
+		seen[f] = k
+		fp := d.at(p, k.Value, 0, c[i+1])
+		t.fields[f].decode(d, fp, &t.fields[f], v.Field(t.fields[f].index))
+	}
+	for i := range t.fields {
+		if t.fields[i].required && seen[i] == nil && !d.spent {
+			d.failMissing(p, t.fields[i].key, "is required")
+		}
+	}
+}
+
+// keyed returns the field of a key in the file, or -1 after it has said what is wrong with the key.
+func (d *decoder) keyed(p *place, t *table, k *yaml.Node) int {
+	if k.Kind != yaml.ScalarNode {
+		d.failGot(p, k.Line, got(k), "a key has to be a word")
+		return -1
+	}
+	if k.ShortTag() == "!!merge" {
+		d.failGot(&place{up: p, key: k.Value}, k.Line, k.Value, "merge keys are not supported: write the keys out")
+		return -1
+	}
+	if f, ok := t.byKey[k.Value]; ok {
+		return f
+	}
+	kp := &place{up: p, key: k.Value}
+	if t.later[k.Value] {
+		d.failGot(kp, k.Line, k.Value, "not supported by this version")
+		return -1
+	}
+	if near := nearest(k.Value, t); near != "" {
+		d.failGot(kp, k.Line, k.Value, "unknown key, perhaps %s", near)
+		return -1
+	}
+	d.failGot(kp, k.Line, k.Value, "unknown key")
+	return -1
+}
+
+// tooNew says whether the map at p is of a type that this version does not support: its other keys are then not looked
+// at, save for the name, which others may refer to.
+func (d *decoder) tooNew(p *place, t *table, v reflect.Value) bool {
+	i, ok := t.byKey["type"]
+	if !ok {
+		return false
+	}
+	tp := d.find(p, "type")
+	if tp == nil || tp.node.Kind != yaml.ScalarNode {
+		return false
+	}
+	for _, word := range t.fields[i].later {
+		if tp.node.Value == word {
+			d.fail(tp, "not supported by this version")
+			d.skipped[v.Addr().Interface()] = true
+			if np := d.find(p, "name"); np != nil {
+				f := &t.fields[t.byKey["name"]]
+				f.decode(d, np, f, v.Field(f.index))
+			}
+			return true
+		}
+	}
+	return false
+}
+
+// nearest returns a known key that differs from the given one in at most two places, for who mistyped it.
+func nearest(key string, t *table) string {
+	best, dist := "", 3
+	if len(key) > 40 {
+		return ""
+	}
+	for i := range t.fields {
+		k := t.fields[i].key
+		if n := distance(key, k); n < dist && n < len(k)-1 {
+			best, dist = k, n
+		}
+	}
+	return best
+}
+
+// distance is Levenshtein's.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			diagonal, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, diagonal+cost)
+		}
+	}
+	return row[len(b)]
+}
+
+// text returns a scalar as it is written: a name such as 1e5 or on is a name, whatever YAML takes it for.
+func (d *decoder) text(p *place) (string, bool) {
+	if p.node.Kind != yaml.ScalarNode {
+		d.fail(p, "want a single value")
+		return "", false
+	}
+	switch tag := p.node.ShortTag(); tag {
+	case "!!str", "!!int", "!!float", "!!bool", "!!timestamp", "!!merge":
+		return p.node.Value, true
+	case "!!null":
+		d.fail(p, "has no value")
+	default:
+		d.fail(p, "the YAML tag %s is not supported", tag)
+	}
+	return "", false
+}
+
+// plain is text that was not put in quotes: what numbers and switches have to be.
+func (d *decoder) plain(p *place, want string) (string, bool) {
+	s, ok := d.text(p)
+	if ok && p.node.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle|yaml.LiteralStyle|yaml.FoldedStyle) != 0 {
+		d.fail(p, "want %s, without quotes", want)
+		return "", false
+	}
+	return s, ok
+}
+
+var errUnit = errors.New("want a time such as 500ms, 30s, 5m or 2h")
+
+// parseDuration reads numbers with units (ms, s, m or min, h, d), or one bare number of seconds.
+func parseDuration(s string) (time.Duration, error) {
+	if s == "" || s[0] < '0' || s[0] > '9' {
+		return 0, errUnit
+	}
+	if n, err := strconv.ParseFloat(s, 64); err == nil {
+		return seconds(n, time.Second)
+	}
+	var sum time.Duration
+	for s != "" {
+		digits := strings.IndexFunc(s, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
+		if digits <= 0 {
+			return 0, errUnit
+		}
+		n, err := strconv.ParseFloat(s[:digits], 64)
+		if err != nil {
+			return 0, errUnit
+		}
+		s = s[digits:]
+		end := strings.IndexFunc(s, func(r rune) bool { return r < 'a' || r > 'z' })
+		if end < 0 {
+			end = len(s)
+		}
+		var unit time.Duration
+		switch s[:end] {
+		case "ms":
+			unit = time.Millisecond
+		case "s":
+			unit = time.Second
+		case "m", "min":
+			unit = time.Minute
+		case "h":
+			unit = time.Hour
+		case "d":
+			unit = 24 * time.Hour
+		default:
+			return 0, errUnit
+		}
+		v, err := seconds(n, unit)
+		if err != nil {
+			return 0, err
+		}
+		if sum += v; sum > maxDuration {
+			return 0, errUnit
+		}
+		s = strings.TrimPrefix(s[end:], " ")
+	}
+	return sum, nil
+}
+
+const maxDuration = 10 * 365 * 24 * time.Hour
+
+func seconds(n float64, unit time.Duration) (time.Duration, error) {
+	v := n * float64(unit)
+	if !(v >= 0 && v <= float64(maxDuration)) { // NaN too
+		return 0, errUnit
+	}
+	return time.Duration(v), nil
+}

@@ -1,0 +1,380 @@
+package config
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"strings"
+
+	"wayout/selection"
+)
+
+// A span is a run of addresses, both ends included; one address when they are equal. The zero span is none.
+type span struct {
+	first, last netip.Addr
+}
+
+func (s span) len() int {
+	if !s.first.IsValid() {
+		return 0
+	}
+	n, _ := between(s.first, s.last)
+	return n
+}
+
+// maxRange is how many addresses a range may have.
+const maxRange = 1 << 16
+
+// between counts the addresses from a to b, which are of one family; false: b is before a, or they are too many.
+func between(a, b netip.Addr) (int, bool) {
+	x, y := a.As16(), b.As16()
+	hi := binary.BigEndian.Uint64(y[:8]) - binary.BigEndian.Uint64(x[:8])
+	xl, yl := binary.BigEndian.Uint64(x[8:]), binary.BigEndian.Uint64(y[8:])
+	if hi > 1 || hi == 1 && yl >= xl || hi == 0 && yl < xl || yl-xl >= maxRange {
+		return 0, false
+	}
+	return int(yl-xl) + 1, true
+}
+
+// badNodeAddr says why nothing can be sent from an address, or nothing.
+func badNodeAddr(a netip.Addr) string {
+	switch {
+	case !a.IsValid():
+		return "want an IP address"
+	case a.Zone() != "":
+		return "an address has no zone here: give the interface by its own key"
+	case a.IsUnspecified():
+		return "the unspecified address is not one to send from or to"
+	case a.IsMulticast():
+		return "a multicast address is not one to send from or through"
+	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "the broadcast address is not one to send from or through"
+	}
+	return ""
+}
+
+// parseSpan reads ADDRESS or FIRST-LAST.
+func parseSpan(s string) (span, string) {
+	if strings.Contains(s, "/") {
+		return span{}, "a whole prefix is not supported by this version"
+	}
+	from, to, ranged := strings.Cut(s, "-")
+	first, bad := parseAddr(strings.TrimSpace(from))
+	if bad == "" {
+		bad = badNodeAddr(first)
+	}
+	if bad != "" || !ranged {
+		return span{first, first}, bad
+	}
+	last, bad := parseAddr(strings.TrimSpace(to))
+	switch {
+	case bad != "":
+		return span{}, bad
+	case badNodeAddr(last) != "":
+		return span{}, badNodeAddr(last)
+	case first.Is4() != last.Is4():
+		return span{}, "the ends of a range have to be of one family"
+	case last.Less(first):
+		return span{}, "the range ends before it begins"
+	}
+	if _, ok := between(first, last); !ok {
+		return span{}, fmt.Sprintf("a range has at most %d addresses", maxRange)
+	}
+	return span{first, last}, ""
+}
+
+func (d *decoder) spanAt(p *place) (span, bool) {
+	s, ok := d.text(p)
+	if !ok {
+		return span{}, false
+	}
+	sp, bad := parseSpan(s)
+	if bad != "" {
+		d.fail(p, "%s", bad)
+		return span{}, false
+	}
+	return sp, true
+}
+
+func (d *decoder) nodeSpan(p *place, f *field, v reflect.Value) {
+	sp, ok := d.spanAt(p)
+	if !ok {
+		return
+	}
+	if sp.first.Is4() != strings.HasPrefix(f.word, "ipv4") {
+		d.fail(p, "want an %s address", familyName(f.word))
+		return
+	}
+	*v.Addr().Interface().(*span) = sp
+}
+
+// nodeSpecs decodes the list of nodes. They become Nodes when the whole file is known.
+func (d *decoder) nodeSpecs(p *place, _ *field, v reflect.Value) {
+	if !d.isList(p) {
+		return
+	}
+	if len(p.node.Content) == 0 {
+		d.fail(p, "want at least one node")
+	}
+	specs := make([]nodeSpec, len(p.node.Content))
+	for i, n := range p.node.Content {
+		if d.spent {
+			return
+		}
+		at := d.at(p, "", i, n)
+		d.structure(at, reflect.ValueOf(&specs[i]).Elem())
+		specs[i].at = at
+	}
+	d.specs[v.Addr().Interface().(*[]Node)] = specs
+}
+
+// bindIP decodes bind_ip: each of its entries is a node without an ID.
+func (d *decoder) bindIP(p *place, _ *field, v reflect.Value) {
+	items := d.items(p)
+	if len(items) == 0 {
+		d.fail(p, "want at least one address")
+	}
+	out := v.Addr().Interface().(*[]netip.Addr)
+	for _, ip := range items {
+		sp, ok := d.spanAt(ip)
+		if !ok || !d.room(ip, sp.len()) {
+			continue
+		}
+		a := sp.first
+		for range sp.len() {
+			*out = append(*out, a)
+			a = a.Next()
+		}
+	}
+}
+
+// room says whether the file may have n more nodes.
+func (d *decoder) room(p *place, n int) bool {
+	if d.spent {
+		return false
+	}
+	if d.nodes += n; d.nodes > maxNodes {
+		d.spent = true
+		d.fail(p, "the file has more than %d nodes", maxNodes)
+		return false
+	}
+	return true
+}
+
+// A builder makes the nodes of one escaper and finds those that are in each other's way.
+type builder struct {
+	d       *decoder
+	e       *Escaper
+	at      *place
+	uplinks map[string]*Uplink
+	ids     map[string]*place     // whose ID it is
+	owner   map[netip.Addr]*place // whose address it is
+	pinned  bool                  // a contradiction of the escaper's own pins was reported
+}
+
+// buildNodes makes e.Nodes of nodes, bind_ip or interface.
+func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
+	p := d.places[e]
+	specs := d.specs[&e.Nodes]
+	nodes, bind := d.find(p, "nodes"), d.find(p, "bind_ip")
+	n := len(specs) + len(e.BindIP)
+	b := &builder{
+		d: d, e: e, at: p, uplinks: uplinks,
+		ids: make(map[string]*place, n), owner: make(map[netip.Addr]*place, n),
+	}
+	switch {
+	case nodes != nil && bind != nil:
+		d.fail(bind, "give nodes or bind_ip, not both")
+	case nodes != nil:
+		e.Nodes = make([]Node, 0, n)
+		for i := range specs {
+			b.spec(&specs[i])
+		}
+		b.addressIDs(specs)
+	case bind != nil:
+		e.Nodes = make([]Node, 0, n)
+		b.bind(bind)
+	case e.Interface != "":
+		id := e.Interface
+		if badName(id) != "" {
+			id = "default"
+		}
+		if up, iface := b.pins(&nodeSpec{}, p); d.room(p, 1) {
+			e.Nodes = []Node{{ID: id, Interface: iface, Uplink: up, Weight: 1}}
+		}
+	case d.find(p, "interface") == nil && e.Type != "":
+		d.failMissing(p, "nodes", "is required, or else bind_ip or interface")
+	}
+}
+
+// pins returns the uplink and the interface of a node, and says when they contradict each other.
+func (b *builder) pins(s *nodeSpec, at *place) (uplink, iface string) {
+	uplink, iface = s.Uplink, s.Interface
+	if uplink == "" {
+		uplink = b.e.Uplink
+	}
+	if iface == "" {
+		iface = b.e.Interface
+	}
+	u := b.uplinks[uplink]
+	if u == nil || u.Interface == "" || iface == "" || u.Interface == iface {
+		return uplink, iface
+	}
+	key := "interface"
+	switch {
+	case s.Interface != "":
+	case s.Uplink != "":
+		b.d.fail(b.d.find(at, "uplink"), "contradicts the escaper's interface %s: the uplink's is %s", iface, u.Interface)
+		return uplink, iface
+	case b.pinned:
+		return uplink, iface
+	default:
+		at, b.pinned = b.at, true
+	}
+	b.d.fail(b.d.find(at, key), "contradicts uplink %s, whose interface is %s", uplink, u.Interface)
+	return uplink, iface
+}
+
+// spec adds the nodes of one entry of nodes.
+func (b *builder) spec(s *nodeSpec) {
+	d, at := b.d, s.at
+	at4, at6 := d.find(at, "ipv4"), d.find(at, "ipv6")
+	n4, n6 := s.IPv4.len(), s.IPv6.len()
+	uplink, iface := b.pins(s, at)
+	switch {
+	case at4 != nil && n4 == 0, at6 != nil && n6 == 0, d.find(at, "id") != nil && s.ID == "":
+		return // said already
+	case n4 == 0 && n6 == 0 && iface == "":
+		if d.find(at, "interface") == nil {
+			d.failMissing(at, "ipv4", "is required, or else ipv6 or interface")
+		}
+		return
+	case n4 == 0 && n6 == 0 && s.ID == "":
+		d.failMissing(at, "id", "is required for a node without an address")
+		return
+	case n4 > 0 && n6 > 0 && n4 != n6:
+		d.fail(at6, "%d addresses beside %d in ipv4: they have to be as many", n6, n4)
+		return
+	}
+	n := max(n4, n6, 1)
+	if !d.room(at, n) {
+		return
+	}
+	a4, a6 := s.IPv4.first, s.IPv6.first
+	for range n {
+		node := Node{ID: s.ID, IPv4: a4, IPv6: a6, Interface: iface, Uplink: uplink, Weight: s.Weight}
+		name := a4
+		if n4 == 0 {
+			name = a6
+		}
+		switch {
+		case s.ID == "":
+			node.ID = name.String()
+		case n > 1:
+			node.ID = s.ID + "/" + name.String()
+		}
+		if !b.add(&node, at, at4, at6) {
+			return // one error for a range
+		}
+		if n > 1 {
+			a4, a6 = a4.Next(), a6.Next()
+		}
+	}
+}
+
+// bind adds a node for each address of bind_ip.
+func (b *builder) bind(p *place) {
+	uplink, iface := b.pins(&nodeSpec{}, b.at)
+	next := b.e.BindIP
+	for _, ip := range b.d.items(p) {
+		sp, bad := parseSpan(ip.node.Value)
+		if bad != "" {
+			continue // said already
+		}
+		n := min(sp.len(), len(next))
+		for _, a := range next[:n] {
+			node := Node{ID: a.String(), Interface: iface, Uplink: uplink, Weight: 1}
+			if a.Is4() {
+				node.IPv4 = a
+			} else {
+				node.IPv6 = a
+			}
+			if !b.add(&node, ip, ip, ip) {
+				break
+			}
+		}
+		next = next[n:]
+	}
+}
+
+// add adds one node, unless its ID or an address is another's.
+func (b *builder) add(n *Node, at, at4, at6 *place) bool {
+	if first := b.ids[n.ID]; first != nil && first != at {
+		if id := b.d.find(at, "id"); id != nil {
+			b.d.fail(id, "is the ID of the node on line %d too", first.node.Line)
+			return false
+		}
+		// The ID is the address, so that the address is a second one too, unless the other was called so by hand.
+		if b.owner[n.IPv4] == nil && b.owner[n.IPv6] == nil {
+			b.d.failGot(at, at.node.Line, n.ID, "its address is the ID of the node on line %d", first.node.Line)
+			return false
+		}
+	}
+	ok := true
+	for _, x := range [...]struct {
+		a  netip.Addr
+		at *place
+	}{{n.IPv4, at4}, {n.IPv6, at6}} {
+		switch {
+		case !x.a.IsValid():
+		case b.owner[x.a] != nil:
+			b.d.fail(x.at, "address %s is on the node on line %d too", x.a, b.owner[x.a].node.Line)
+			ok = false
+		case x.a.Is6() && x.a.IsLinkLocalUnicast() && n.Interface == "" && n.Uplink == "":
+			b.d.fail(x.at, "a link-local address needs an interface or an uplink")
+			ok = false
+		default:
+			b.owner[x.a] = at
+		}
+	}
+	b.ids[n.ID] = at
+	b.e.Nodes = append(b.e.Nodes, *n)
+	return ok
+}
+
+// addressIDs refuses IDs that are another node's address.
+func (b *builder) addressIDs(specs []nodeSpec) {
+	for i := range specs {
+		s := &specs[i]
+		if s.ID == "" || !strings.ContainsAny(s.ID, ".:") || s.IPv4.len() > 1 || s.IPv6.len() > 1 {
+			continue // the ID of a range is only the first part of its nodes' IDs
+		}
+		a, err := netip.ParseAddr(s.ID)
+		if err != nil {
+			continue
+		}
+		owner := b.owner[a.Unmap()]
+		if owner == nil || owner == s.at {
+			continue
+		}
+		if b.ids[s.ID] != s.at {
+			continue // said already: the owner is called by its address
+		}
+		b.d.fail(b.d.find(s.at, "id"), "is the address of the node on line %d", owner.node.Line)
+	}
+}
+
+// pool is the escaper's nodes as the selection sees them; nil when they have mistakes.
+func pool(e *Escaper) *selection.Pool {
+	nodes := make([]selection.Node, len(e.Nodes))
+	for i := range e.Nodes {
+		n := &e.Nodes[i]
+		nodes[i] = selection.Node{ID: n.ID, V4: n.IPv4, V6: n.IPv6, Weight: n.Weight}
+	}
+	p, err := selection.NewPool(nodes, selection.Options{StrictIndex: e.StrictIndex})
+	if err != nil {
+		return nil
+	}
+	return p
+}

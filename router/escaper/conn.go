@@ -1,0 +1,65 @@
+package escaper
+
+import (
+	"net"
+	"net/netip"
+	"sync/atomic"
+)
+
+// Conn is a connection that leaves by a path: bound, and on the path's books
+// until one of Close, Release and Park ends its holder's hold on it. Its
+// methods are safe for concurrent use. After Park the connection may be
+// somebody else's: a Conn is one holder's view of it, so that a late Close
+// cannot touch the next holder's.
+type Conn struct {
+	TCP    *net.TCPConn   // bare, so that the kernel can splice
+	Path   *Path          // what it leaves by
+	Source netip.AddrPort // the local end, as the kernel tells it
+	Remote netip.AddrPort // the address that was dialled
+	Reused bool           // it came from the idle pool
+
+	link *link
+	done atomic.Bool
+}
+
+// Close closes the connection and takes it off its path's books. A second
+// Close, and one after Park or Release, does nothing.
+func (c *Conn) Close() error {
+	if c.done.Swap(true) || !c.link.strike() {
+		return nil
+	}
+	return c.TCP.Close()
+}
+
+// Release takes the connection off the books without closing it: somebody
+// else, the relay, has closed the descriptor, or will.
+func (c *Conn) Release() {
+	if !c.done.Swap(true) {
+		c.link.strike()
+	}
+}
+
+// Park gives the connection back after a complete exchange that left nothing
+// unread: into the idle pool for the next request of the same path, source
+// address, user and destination, or closed where that is not possible.
+func (c *Conn) Park() {
+	if c.done.Swap(true) {
+		return
+	}
+	if !c.link.park() && c.link.strike() {
+		_ = c.TCP.Close() // nobody is left to tell
+	}
+}
+
+// OnKill sets what ends the connection when its path's address has gone; it
+// is called once, with the reason, on a goroutine that is not the holder's,
+// and has to end in Close or Release. By default the connection is reset. When
+// the connection was killed already, f is called at once.
+func (c *Conn) OnKill(f func(error)) {
+	if err := c.link.onKill(f); err != nil {
+		f(err)
+	}
+}
+
+// Killed returns why the connection was ended from this side, or nil.
+func (c *Conn) Killed() error { return c.link.reason() }

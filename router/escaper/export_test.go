@@ -1,0 +1,4 @@
+package escaper
+
+// For tests of what has no other way in.
+var ParsePorts = parsePorts

@@ -1,0 +1,237 @@
+package escaper
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"wayout/selection"
+)
+
+// Idle holds the limits of the idle pool. The connections themselves are kept
+// by their paths, so that requests of two paths never meet at one lock; only
+// the total is counted here. One Idle serves every escaper.
+type Idle struct {
+	perKey  int
+	total   int64
+	timeout time.Duration
+	n       atomic.Int64
+}
+
+// NewIdle returns a pool that keeps at most perKey connections of one path,
+// source address, user and destination, at most total in all, and none for
+// longer than timeout.
+func NewIdle(perKey, total int, timeout time.Duration) *Idle {
+	return &Idle{perKey: perKey, total: int64(total), timeout: timeout}
+}
+
+// Len returns how many connections are idle.
+func (i *Idle) Len() int { return int(i.n.Load()) }
+
+// idleKey is what two requests must have in common to use one connection, the
+// path aside: each path has its own idleSet.
+type idleKey struct {
+	source netip.Addr
+	user   string
+	host   string // lower case, or "" for a literal
+	addr   netip.Addr
+	port   uint16
+}
+
+func keyOf(r *Request, source netip.Addr) idleKey {
+	return idleKey{
+		source: source,
+		user:   r.User,
+		host:   strings.ToLower(r.Target.Host), // no copy where it is lower case
+		addr:   r.Target.Addr,
+		port:   r.Target.Port,
+	}
+}
+
+// idleSet is the idle part of a path's books: a stack for each key, because
+// the connection used last is the likeliest to be alive, and all of them by
+// age, for the timeout. One timer for the path does for all.
+type idleSet struct {
+	stacks         map[idleKey]stack
+	newest, oldest *link
+	timer          *time.Timer
+	armed          bool
+}
+
+type stack struct {
+	top *link
+	n   int
+}
+
+// idlePos is a link's place in the idleSet.
+type idlePos struct {
+	in           bool
+	at           time.Time // when it was parked
+	newer, older *link     // of the path
+	above, below *link     // of the key
+}
+
+// park puts the connection into the idle set. It reports false, and does
+// nothing, when the connection cannot be kept.
+func (l *link) park() bool {
+	if l.idlers == nil {
+		return false
+	}
+	var evicted *net.TCPConn
+	l.mu.Lock()
+	ok := l.idlers.perKey > 0 && l.mayParkLocked()
+	if ok && l.idlers.n.Add(1) > l.idlers.total {
+		// Room is made at this path's own expense: no other path's lock.
+		if old := l.idle.oldest; old != nil {
+			old.unparkLocked()
+			old.strikeLocked()
+			evicted = old.tcp
+		} else {
+			l.idlers.n.Add(-1)
+			ok = false
+		}
+	}
+	if ok {
+		l.parkLocked(time.Now())
+	}
+	l.mu.Unlock()
+	if evicted != nil {
+		_ = evicted.Close()
+	}
+	return ok
+}
+
+func (l *link) mayParkLocked() bool {
+	f := selection.FamilyOf(l.source.Addr())
+	return !l.off && l.killed == nil && !l.retired &&
+		l.state.Load().usable()&f != 0 &&
+		l.idle.stacks[l.key].n < l.idlers.perKey
+}
+
+func (l *link) parkLocked(now time.Time) {
+	set := &l.idle
+	if set.stacks == nil {
+		set.stacks = make(map[idleKey]stack)
+	}
+	s := set.stacks[l.key]
+	l.kill = nil // the last holder's
+	l.pos = idlePos{in: true, at: now, older: set.newest, below: s.top}
+	if s.top != nil {
+		s.top.pos.above = l
+	}
+	set.stacks[l.key] = stack{top: l, n: s.n + 1}
+	if set.newest != nil {
+		set.newest.pos.newer = l
+	} else {
+		set.oldest = l
+	}
+	set.newest = l
+	if !set.armed {
+		l.ledger.arm(l.idlers.timeout)
+	}
+}
+
+// unparkLocked takes the connection out of the idle set, if it is there.
+func (l *link) unparkLocked() {
+	if !l.pos.in {
+		return
+	}
+	set, p := &l.idle, &l.pos
+	if p.newer != nil {
+		p.newer.pos.older = p.older
+	} else {
+		set.newest = p.older
+	}
+	if p.older != nil {
+		p.older.pos.newer = p.newer
+	} else {
+		set.oldest = p.newer
+	}
+	s := set.stacks[l.key]
+	s.n--
+	if p.above != nil {
+		p.above.pos.below = p.below
+	} else {
+		s.top = p.below
+	}
+	if p.below != nil {
+		p.below.pos.above = p.above
+	}
+	if s.n == 0 {
+		delete(set.stacks, l.key)
+	} else {
+		set.stacks[l.key] = s
+	}
+	l.pos = idlePos{}
+	l.idlers.n.Add(-1)
+}
+
+func (g *ledger) arm(d time.Duration) {
+	g.idle.armed = true
+	if g.idle.timer == nil {
+		g.idle.timer = time.AfterFunc(d, g.sweep)
+		return
+	}
+	g.idle.timer.Reset(d)
+}
+
+// sweep closes what has been idle for too long.
+func (g *ledger) sweep() {
+	now := time.Now()
+	g.closeIdleIf(func(l *link) bool { return !now.Before(l.pos.at.Add(l.idlers.timeout)) })
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.idle.armed = false
+	if old := g.idle.oldest; old != nil {
+		g.arm(max(time.Millisecond, old.pos.at.Add(old.idlers.timeout).Sub(now)))
+	}
+}
+
+// take returns an idle connection of the key that is alive, or nil. Dead ones
+// on the way to it are closed.
+func (g *ledger) take(key *idleKey) *link {
+	for {
+		g.mu.Lock()
+		l := g.idle.stacks[*key].top
+		if l == nil {
+			g.mu.Unlock()
+			return nil
+		}
+		fresh := time.Since(l.pos.at) < l.idlers.timeout
+		l.unparkLocked()
+		g.mu.Unlock()
+		if fresh && l.quiet() {
+			return l
+		}
+		if l.strike() {
+			_ = l.tcp.Close()
+		}
+	}
+}
+
+// quiet reports whether the connection is open with nothing to read: an end,
+// an error and bytes that nobody asked for all make it useless.
+func (l *link) quiet() bool {
+	if l.peek == nil {
+		raw, err := l.tcp.SyscallConn()
+		if err != nil {
+			return false
+		}
+		l.raw = raw
+		l.peek = func(fd uintptr) {
+			fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
+			n, err := unix.Poll(fds[:], 0)
+			for errors.Is(err, unix.EINTR) { // a signal that is pending, without any wait
+				n, err = unix.Poll(fds[:], 0)
+			}
+			l.alive = err == nil && n == 0
+		}
+	}
+	l.alive = false
+	return l.raw.Control(l.peek) == nil && l.alive
+}

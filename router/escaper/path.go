@@ -1,0 +1,293 @@
+package escaper
+
+import (
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"wayout/selection"
+)
+
+// Condition is what is known of one family of a path.
+type Condition uint8
+
+// The conditions. Only Up carries traffic.
+const (
+	None      Condition = iota // the path was never given the family
+	Probing                    // nothing is known of it yet
+	Tentative                  // the address is there, duplicate address detection is not over
+	Up
+	Down // see the reason
+)
+
+// String returns the word for logs.
+func (c Condition) String() string {
+	switch c {
+	case None:
+		return "none"
+	case Probing:
+		return "probing"
+	case Tentative:
+		return "tentative"
+	case Up:
+		return "up"
+	case Down:
+		return "down"
+	}
+	return "unknown"
+}
+
+// The state words of a path, as `paths --json` prints them.
+const (
+	StateUp       = "up"
+	StateDown     = "down"
+	StateDraining = "draining"
+	StateExpired  = "expired"
+	StateProbing  = "probing"
+)
+
+// NodeOptions is one path of a direct escaper, as configured.
+type NodeOptions struct {
+	ID     string
+	V4, V6 netip.Addr // the zero Addr: none of that family
+
+	// Unbound are the families that the path serves without an address of its
+	// own, by its interface alone. It needs BindToDevice.
+	Unbound selection.Family
+
+	Number       uint32 // the path's number in the kernel's counters; 0: none
+	Mark         uint32 // SO_MARK of its sockets; 0: unmarked
+	Interface    string
+	BindToDevice bool // SO_BINDTODEVICE to Interface
+	Uplink       string
+	Weight       uint16
+}
+
+// Path is one egress path: a source address of each family, or of one, and
+// what is known of it. What NodeOptions says of it does not change; its
+// condition, counters and connections are safe for concurrent use. They
+// outlive a reload that leaves its ID, addresses and interface as they are.
+type Path struct {
+	NodeOptions
+
+	Escaper string
+	Name    string // "out/fra-2"
+
+	d    *Direct
+	node int // position in d's pool
+	*ledger
+}
+
+// state is all that decides whether a path may be used; it never changes once
+// it is published.
+type state struct {
+	v4, v6   side
+	draining bool
+	since    time.Time // of the state word
+}
+
+type side struct {
+	cond   Condition
+	reason string
+}
+
+func (s *state) side(f selection.Family) *side {
+	if f == selection.V4 {
+		return &s.v4
+	}
+	return &s.v6
+}
+
+// up returns the families that are Up, draining or not.
+func (s *state) up() selection.Family {
+	var f selection.Family
+	if s.v4.cond == Up {
+		f |= selection.V4
+	}
+	if s.v6.cond == Up {
+		f |= selection.V6
+	}
+	return f
+}
+
+// usable returns the families that may carry new connections.
+func (s *state) usable() selection.Family {
+	if s.draining {
+		return 0
+	}
+	return s.up()
+}
+
+func (s *state) word() string {
+	switch {
+	case s.draining:
+		return StateDraining
+	case s.up() != 0:
+		return StateUp
+	case s.v4.cond == Tentative, s.v6.cond == Tentative, s.v4.cond == Probing, s.v6.cond == Probing:
+		return StateProbing
+	}
+	return StateDown
+}
+
+// reason says what keeps the families of want from being used: "" when all
+// that the path was given are up.
+func (s *state) reason(want selection.Family) string {
+	text := ""
+	for _, f := range [...]selection.Family{selection.V4, selection.V6} {
+		sd := s.side(f)
+		if want&f == 0 || sd.cond == Up || sd.cond == None {
+			continue
+		}
+		why := sd.reason
+		if why == "" {
+			why = f.String() + " is " + sd.cond.String()
+		}
+		if text != "" && text != why {
+			why = text + "; " + why
+		}
+		text = why
+	}
+	return text
+}
+
+// Status is a path's state at one moment.
+type Status struct {
+	State string // up, down, draining, expired or probing
+	// Reason says why the path is not up, or, where State is up, what keeps
+	// its other family from being used.
+	Reason string
+	Since  time.Time // when State became what it is
+	V4, V6 Condition
+}
+
+// Status returns the path's state. A path with one family up is up.
+func (p *Path) Status() Status {
+	s := p.state.Load()
+	return Status{
+		State: s.word(), Reason: s.reason(selection.V4 | selection.V6), Since: s.since,
+		V4: s.v4.cond, V6: s.v6.cond,
+	}
+}
+
+// Given returns the families that the path was configured with, up or not.
+func (p *Path) Given() selection.Family {
+	return selection.FamilyOf(p.V4) | selection.FamilyOf(p.V6) | p.Unbound
+}
+
+// source returns the address to bind for a family: the wildcard one for a
+// family that the path serves by its interface alone, and the zero Addr for
+// one it does not serve, which no socket must ever be bound to.
+func (p *Path) source(f selection.Family) netip.Addr {
+	switch {
+	case f == selection.V4 && p.V4.IsValid():
+		return p.V4
+	case f == selection.V6 && p.V6.IsValid():
+		return p.V6
+	case f == selection.V4 && p.Unbound&f != 0:
+		return netip.IPv4Unspecified()
+	case f == selection.V6 && p.Unbound&f != 0:
+		return netip.IPv6Unspecified()
+	}
+	return netip.Addr{}
+}
+
+// SetFamilyState says what is known of one family of the path. A family that
+// the path was never given is left alone. What is not Up serves no new
+// connection from the return on, and its idle connections are closed; the
+// escaper's policy takes note with the next Publish. Connections that are in
+// use live on: see Kill. It reports whether anything changed.
+func (p *Path) SetFamilyState(f selection.Family, c Condition, reason string) bool {
+	if p.Given()&f == 0 || (f != selection.V4 && f != selection.V6) {
+		return false
+	}
+	if c == Up {
+		reason = ""
+	}
+	changed := p.d.change(p, func(s *state) { *s.side(f) = side{cond: c, reason: reason} })
+	if changed && c != Up {
+		p.closeIdle(f)
+	}
+	return changed
+}
+
+// Drain lets no new connection begin on the path and closes its idle ones;
+// those in use live on. It is published at once, like Undrain.
+func (p *Path) Drain() {
+	if p.d.change(p, func(s *state) { s.draining = true }) {
+		p.d.Publish()
+		p.closeIdle(selection.V4 | selection.V6)
+	}
+}
+
+// Undrain takes Drain back.
+func (p *Path) Undrain() {
+	if p.d.change(p, func(s *state) { s.draining = false }) {
+		p.d.Publish()
+	}
+}
+
+// Result is how an attempt to connect ended.
+type Result uint8
+
+// The results, in the order of Counters.
+const (
+	ResultOK Result = iota
+	ResultRefused
+	ResultTimeout
+	ResultUnreachable
+	ResultReset
+	ResultLocal // the source, the ports, the guard or the host's resources
+	Results     // the number of them
+)
+
+// String returns the word that metrics use.
+func (r Result) String() string {
+	switch r {
+	case ResultOK:
+		return "ok"
+	case ResultRefused:
+		return "refused"
+	case ResultTimeout:
+		return "timeout"
+	case ResultUnreachable:
+		return "unreachable"
+	case ResultReset:
+		return "reset"
+	case ResultLocal:
+		return "local"
+	}
+	return "unknown"
+}
+
+// Counters are a path's connections since the start.
+type Counters struct {
+	Attempts [Results]uint64 // by result; Attempts[ResultOK] were made
+	Closed   uint64
+	Open     uint64 // idle ones included: their sockets are open
+}
+
+// Failed returns the number of attempts that made no connection.
+func (c *Counters) Failed() uint64 {
+	var n uint64
+	for r := ResultOK + 1; r < Results; r++ {
+		n += c.Attempts[r]
+	}
+	return n
+}
+
+type counters struct {
+	attempts [Results]atomic.Uint64
+	closed   atomic.Uint64
+}
+
+// Counters reads the path's counters, one by one.
+func (p *Path) Counters() Counters {
+	// Closed before made, so that Open is never below zero.
+	c := Counters{Closed: p.counters.closed.Load()}
+	for r := range c.Attempts {
+		c.Attempts[r] = p.counters.attempts[r].Load()
+	}
+	c.Open = c.Attempts[ResultOK] - c.Closed
+	return c
+}

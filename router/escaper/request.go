@@ -1,0 +1,52 @@
+package escaper
+
+import (
+	"net"
+	"net/netip"
+	"strconv"
+
+	"wayout/selection"
+)
+
+// Target is where a request wants to go. Exactly one of Host and Addr is set.
+type Target struct {
+	Host string     // a name to resolve, as the client wrote it
+	Addr netip.Addr // a literal address, unmapped and without a zone
+	Port uint16
+}
+
+// String gives host:port, with brackets around an IPv6 address.
+func (t Target) String() string {
+	if t.Addr.IsValid() {
+		return netip.AddrPortFrom(t.Addr, t.Port).String()
+	}
+	return net.JoinHostPort(t.Host, strconv.Itoa(int(t.Port)))
+}
+
+// Request is what a front end hands to Door.Open. From here on HTTP, SOCKS
+// and diverted traffic are one.
+type Request struct {
+	Server    string         // name of the front end
+	Escaper   string         // the front end's own escaper: where the chain starts
+	Client    netip.AddrPort // who asks
+	Local     netip.AddrPort // the address that the client connected to
+	User      string         // authenticated name, or ""
+	Allow     *selection.Globs
+	Target    Target
+	Selection selection.Selection
+
+	// Reuse says that an idle connection of the same path, source address,
+	// user and destination will do as well as a new one. A front end sets it
+	// for forward requests only: a tunnel has its connection to itself.
+	Reuse bool
+
+	// Choice is filled by Open, also when Open fails: how far the choice went.
+	Choice Choice
+}
+
+// Choice says which path a request took, and who said so.
+type Choice struct {
+	Path   string           // "out/fra-2", or "" when it did not come to that
+	Source selection.Source // who chose: SourcePolicy when nobody did
+	Asked  string           // the selection as it was asked for, "" for the policy
+}

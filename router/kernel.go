@@ -1,0 +1,336 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"wayout/bpf"
+	"wayout/netcfg"
+	"wayout/router/config"
+	"wayout/router/escaper"
+	"wayout/selection"
+)
+
+// dadTimeout bounds the wait for duplicate address detection before the
+// daemon says that it is ready: it takes about 1.5 s (RFC 4862), and a path
+// whose address is still tentative then has a state of its own.
+const dadTimeout = 5 * time.Second
+
+// noInterface is the index of no interface: a guard with it lets nothing out.
+// 0 would let out by any.
+const noInterface = 1<<31 - 1
+
+// kernel is what the daemon holds of the kernel while it runs.
+type kernel struct {
+	net   *netcfg.Netlink
+	claim *netcfg.Claim
+	leaf  *bpf.Leaf
+	progs *bpf.Programs
+
+	guards map[uint32]bpf.Guard // in force, by path number
+}
+
+// instance names what the daemon leaves in cgroups and bpffs, so that its next
+// start finds it again. A control socket belongs to one daemon.
+func instance(c *config.Config) string {
+	path := c.Control.Socket
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(path)) // never fails
+	return fmt.Sprintf("wayout-%016x", h.Sum64())
+}
+
+func netLayout(c *config.Config, mask uint32) netcfg.Layout {
+	l := netcfg.Layout{TableBase: c.Netcfg.TableBase, RulePriority: c.Netcfg.RulePriority, MarkMask: mask}
+	if l.TableBase == 0 {
+		l.TableBase = netcfg.DefaultTableBase
+	}
+	if l.RulePriority == 0 {
+		l.RulePriority = netcfg.DefaultRulePriority
+	}
+	return l
+}
+
+// want is the state of the network that the configuration asks for.
+func (p *plan) want() (netcfg.Want, error) {
+	w := netcfg.Want{Layout: netLayout(p.config, p.layout.Mask)}
+	addrs := map[string][]netip.Addr{}
+	for _, path := range p.table.Paths() {
+		if path.Uplink == "" {
+			continue
+		}
+		for _, a := range []netip.Addr{path.V4, path.V6} {
+			if a.IsValid() {
+				addrs[path.Uplink] = append(addrs[path.Uplink], a)
+			}
+		}
+	}
+	for _, uc := range p.config.Uplinks {
+		u := p.uplinks[uc.Name]
+		value, mask, err := p.layout.UplinkMatch(u.number)
+		if err != nil {
+			return w, fmt.Errorf("uplink %s: %w", u.Name, err)
+		}
+		w.Uplinks = append(w.Uplinks, netcfg.Uplink{
+			Name: u.Name, Number: int(u.number), Interface: u.Interface, Gateway4: u.Gateway4, Gateway6: u.Gateway6,
+			Mark:            netcfg.Mark{Value: value, Mask: mask},
+			ManageAddresses: u.ManageAddresses, Addresses: addrs[u.Name],
+		})
+	}
+	if err := w.Validate(); err != nil {
+		return w, err
+	}
+	return w, nil
+}
+
+// openKernel takes the daemon's number spaces, makes the network as wished and
+// attaches counters and guard. It runs before the first socket is made: a
+// socket stays in the cgroup that it was made in.
+func (r *Router) openKernel(ctx context.Context) (err error) {
+	k := &kernel{guards: map[uint32]bpf.Guard{}}
+	r.kernel = k
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.closeKernel())
+		}
+	}()
+	if k.net, err = netcfg.Open(netcfg.Options{Layout: r.want.Layout}); err != nil {
+		return err
+	}
+	if k.claim, err = k.net.Claim(); err != nil {
+		return err
+	}
+	if !r.o.Config.Accounting {
+		r.log.Warn("accounting is off: the kernel neither counts nor guards")
+	} else if err = r.loadPrograms(); err != nil {
+		return fmt.Errorf("counters and guard (accounting: off is the only way to run without): %w", err)
+	}
+	return r.applyNetwork(ctx)
+}
+
+func (r *Router) loadPrograms() (err error) {
+	k, name := r.kernel, instance(r.o.Config)
+	if k.leaf, err = bpf.MakeLeaf(name); err != nil {
+		return err
+	}
+	o := bpf.Options{Layout: r.plan.layout, Paths: len(r.plan.table.Paths()), Cgroup: k.leaf.Path()}
+	if mount, err := bpf.BPFFS(true); err != nil {
+		r.log.Warn("the guard ends with the daemon: nothing can be pinned", "err", err)
+	} else {
+		o.PinDir = filepath.Join(mount, "wayout", name)
+	}
+	k.progs, err = bpf.Load(o)
+	return err
+}
+
+// applyNetwork makes rules, routes and addresses as wished, and waits for the
+// new addresses to become usable.
+func (r *Router) applyNetwork(ctx context.Context) error {
+	k := r.kernel
+	have, err := k.net.Read()
+	if err != nil {
+		return fmt.Errorf("read the network's state: %w", err)
+	}
+	p := netcfg.Diff(have, r.want)
+	for _, n := range p.Notes {
+		r.log.Warn("network not as wished", "note", n)
+	}
+	if err := p.Apply(k.net); err != nil {
+		return fmt.Errorf("make the network as wished: %w", err)
+	}
+	if !p.Empty() {
+		r.log.Info("network made as wished", "changes", len(p.Ops))
+	}
+	if len(r.want.Uplinks) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, dadTimeout)
+	defer cancel()
+	dups, err := netcfg.AwaitDAD(ctx, k.net)
+	for _, a := range dups {
+		r.log.Error("address is used by another host", "address", a)
+	}
+	if err != nil {
+		r.log.Warn("addresses are not usable yet", "err", err)
+	}
+	return nil
+}
+
+// closeKernel takes down what openKernel put up. With keep_on_stop the network
+// and the pinned guard stay as they are.
+func (r *Router) closeKernel() error {
+	k := r.kernel
+	if k == nil {
+		return nil
+	}
+	var errs []error
+	keep := r.o.Config.KeepOnStop
+	if k.claim != nil && !keep { // without the claim it is another daemon's
+		if err := clean(k.net, r.want.Layout, r.log); err != nil {
+			errs = append(errs, fmt.Errorf("clean the network: %w", err))
+		}
+	}
+	if k.progs != nil {
+		if keep {
+			errs = append(errs, k.progs.Leave())
+		} else {
+			errs = append(errs, k.progs.Close())
+		}
+	}
+	if k.leaf != nil && !keep {
+		errs = append(errs, k.leaf.Remove())
+	}
+	if k.claim != nil {
+		errs = append(errs, k.claim.Close())
+	}
+	if k.net != nil {
+		errs = append(errs, k.net.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// clean removes all that is ours of the network's state.
+func clean(k *netcfg.Netlink, l netcfg.Layout, log *slog.Logger) error {
+	have, err := k.Read()
+	if err != nil {
+		return err
+	}
+	p := netcfg.Diff(have, netcfg.Want{Layout: l})
+	if p.Empty() {
+		return nil
+	}
+	if err := p.Apply(k); err != nil {
+		return err
+	}
+	log.Info("network cleaned", "changes", len(p.Ops))
+	return nil
+}
+
+// watch follows the kernel's network state until the function it returns is
+// called. The paths have their states when it returns.
+func (r *Router) watch(ctx context.Context) (stop func(), err error) {
+	// Not ended by the signal that stops the daemon: paths have to go on
+	// knowing their state while it drains.
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	w, err := netcfg.Watch(ctx, netcfg.WatchOptions{Kernel: r.kernel.net, Logger: r.log, OnChange: r.onChange})
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return func() {
+		cancel()
+		<-w.Done()
+	}, nil
+}
+
+// onChange brings everything in line with what the kernel's network has
+// become: what is ours and has vanished is put back, the guards know the
+// interfaces, the paths their states.
+func (r *Router) onChange(s *netcfg.Snapshot) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log); err != nil {
+		r.log.Error("network state cannot be put back", "err", err)
+	}
+	// Guards first: a path that comes up must find its own.
+	if err := r.setGuards(r.plan, s); err != nil {
+		r.log.Error("guards cannot be set", "err", err)
+	}
+	if r.judgeAll(r.plan, s) {
+		r.socket.Changed()
+	}
+}
+
+// setGuards puts the guard of every path in force.
+func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
+	if r.kernel.progs == nil {
+		return nil
+	}
+	index := map[string]uint32{}
+	for _, l := range s.Links {
+		index[l.Name] = uint32(l.Index)
+	}
+	var changed []bpf.Entry
+	for _, path := range p.table.Paths() {
+		var g bpf.Guard
+		if device := p.device(path); device != "" {
+			g.IfIndex = noInterface
+			if i, ok := index[device]; ok {
+				g.IfIndex = i
+			}
+		}
+		g.V4 = guarded(path.V4, path.Unbound&selection.V4 != 0, netip.IPv4Unspecified())
+		g.V6 = guarded(path.V6, path.Unbound&selection.V6 != 0, netip.IPv6Unspecified())
+		if old, ok := r.kernel.guards[path.Number]; !ok || old != g {
+			changed = append(changed, bpf.Entry{Num: path.Number, Guard: g})
+		}
+	}
+	if len(changed) == 0 {
+		return nil
+	}
+	if err := r.kernel.progs.SetPaths(changed); err != nil {
+		return err
+	}
+	for _, e := range changed {
+		r.kernel.guards[e.Num] = e.Guard
+	}
+	return nil
+}
+
+// guarded is what a path may send as its source in one family.
+func guarded(a netip.Addr, unbound bool, zero netip.Addr) netip.Prefix {
+	switch {
+	case a.IsValid():
+		return netip.PrefixFrom(a, a.BitLen())
+	case unbound: // held by its interface alone
+		return netip.PrefixFrom(zero, 0)
+	}
+	return netip.Prefix{}
+}
+
+// device is the interface that a path has to leave by, "" when main routing
+// decides.
+func (p *plan) device(path *escaper.Path) string {
+	if path.Interface != "" {
+		return path.Interface
+	}
+	return p.uplinks[path.Uplink].Interface
+}
+
+// judgeUplink says whether an uplink can carry a family.
+func (r *Router) judgeUplink(s *netcfg.Snapshot, up uplink, f netcfg.Family) (escaper.Condition, string) {
+	gateway := up.Gateway4
+	if f == netcfg.IPv6 {
+		gateway = up.Gateway6
+	}
+	table := r.want.Table(netcfg.Uplink{Number: int(up.number)})
+	if gateway.IsValid() && !s.HasDefault(f, table) {
+		return escaper.Down, fmt.Sprintf("the route of uplink %s by gateway %s is gone", up.Name, gateway)
+	}
+	return escaper.Up, ""
+}
+
+// accounted says whether the kernel counts and guards.
+func (r *Router) accounted() bool { return r.kernel != nil && r.kernel.progs != nil }
+
+func (r *Router) kernelCounters(number uint32) (bpf.Counters, bool) {
+	if !r.accounted() {
+		return bpf.Counters{}, false
+	}
+	return r.kernel.progs.Read(number), true
+}
+
+func (r *Router) unmarkedDrops() uint64 {
+	if !r.accounted() {
+		return 0
+	}
+	return r.kernel.progs.Unmarked()
+}

@@ -1,0 +1,88 @@
+package router
+
+import (
+	"errors"
+	"io"
+	"path/filepath"
+
+	"wayout/bpf"
+	"wayout/netcfg"
+	"wayout/router/config"
+)
+
+// Changes are changes of the kernel's network state, made or to be made.
+type Changes struct {
+	Commands []string `json:"commands"`        // as ip commands, in order
+	Notes    []string `json:"notes,omitempty"` // what cannot be had at present
+}
+
+// PlanNetwork gives what ApplyNetwork would do. It changes nothing.
+func PlanNetwork(c *config.Config) (Changes, error) {
+	return withNetwork(c, func(*netcfg.Netlink, netcfg.Plan) error { return nil })
+}
+
+// ApplyNetwork makes addresses, rules and routes as the configuration wants
+// them. Twice is once.
+func ApplyNetwork(c *config.Config) (Changes, error) {
+	return withNetwork(c, func(k *netcfg.Netlink, p netcfg.Plan) error { return p.Apply(k) })
+}
+
+func withNetwork(c *config.Config, do func(*netcfg.Netlink, netcfg.Plan) error) (_ Changes, err error) {
+	r, err := New(Options{Config: c, Stderr: io.Discard})
+	if err != nil {
+		return Changes{}, err
+	}
+	defer func() { err = errors.Join(err, r.plan.close()) }()
+	return diffNetwork(r.want, do)
+}
+
+// diffNetwork compares the kernel with a wish and lets do act on the
+// difference.
+func diffNetwork(want netcfg.Want, do func(*netcfg.Netlink, netcfg.Plan) error) (_ Changes, err error) {
+	k, err := netcfg.Open(netcfg.Options{Layout: want.Layout})
+	if err != nil {
+		return Changes{}, err
+	}
+	defer func() { err = errors.Join(err, k.Close()) }()
+	have, err := k.Read()
+	if err != nil {
+		return Changes{}, err
+	}
+	p := netcfg.Diff(have, want)
+	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, p)
+}
+
+// CleanNetwork removes all that is ours from the kernel: addresses, rules and
+// routes, and the pinned guard of a daemon that was killed. It refuses while a
+// daemon with these numbers runs.
+func CleanNetwork(c *config.Config) (_ Changes, err error) {
+	want := netcfg.Want{Layout: NetLayout(c)}
+	changes, err := diffNetwork(want, func(k *netcfg.Netlink, p netcfg.Plan) error {
+		claim, err := k.Claim()
+		if err != nil {
+			return err
+		}
+		return errors.Join(p.Apply(k), claim.Close())
+	})
+	if err != nil {
+		return Changes{}, err
+	}
+	mount, err := bpf.BPFFS(false)
+	if errors.Is(err, bpf.ErrNotMounted) {
+		return changes, nil
+	}
+	if err != nil {
+		return changes, err
+	}
+	return changes, bpf.Clean(filepath.Join(mount, "wayout", instance(c)))
+}
+
+// NetLayout is the part of the host's number spaces that a configuration
+// claims.
+func NetLayout(c *config.Config) netcfg.Layout {
+	mask := c.Netcfg.MarkMask
+	if mask == 0 {
+		mask = bpf.DefaultMask
+	}
+	return netLayout(c, mask)
+}

@@ -1,0 +1,181 @@
+package router
+
+import (
+	"fmt"
+	"net/netip"
+
+	"wayout/bpf"
+	"wayout/netcfg"
+	"wayout/router/control"
+	"wayout/router/escaper"
+	"wayout/selection"
+)
+
+// manyChanges is how many paths may change with one event before the log sums
+// them up: an uplink with thousands of addresses is one thing that happened.
+const manyChanges = 16
+
+// judge says what a snapshot of the kernel means for one family of a path.
+func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f selection.Family) (escaper.Condition, string) {
+	addr, family := path.V4, netcfg.IPv4
+	if f == selection.V6 {
+		addr, family = path.V6, netcfg.IPv6
+	}
+	up, hasUplink := p.uplinks[path.Uplink]
+	device := p.device(path)
+	switch {
+	case addr.IsValid():
+		state, reason := s.Has(addr, device)
+		if state == netcfg.Tentative {
+			return escaper.Tentative, reason
+		}
+		if state != netcfg.Present {
+			return escaper.Down, reason
+		}
+	default: // by its interface alone
+		l, ok := s.Link(device)
+		if !ok {
+			return escaper.Down, "interface " + device + " does not exist"
+		}
+		if !l.Up {
+			return escaper.Down, l.Reason
+		}
+	}
+	if hasUplink {
+		return r.judgeUplink(s, up, family)
+	}
+	if path.Interface == "" && r.hadDefault[family] && !s.DefaultRoute(family) {
+		return escaper.Down, fmt.Sprintf("the host's default route for %s is gone", family)
+	}
+	return escaper.Up, ""
+}
+
+// judgeAll brings the states of all paths in line with a snapshot, ends the
+// connections of addresses that have gone, and reports whether any state
+// changed.
+func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
+	own := s.OwnAddrs()
+	prefixes := make([]netip.Prefix, 0, len(own))
+	for _, a := range own {
+		prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()))
+	}
+	p.host.Set(append(prefixes, s.LocalPrefixes()...), r.listening())
+	// A family that has never had a default route is on-link only and lacks
+	// nothing; one that has had it and lost it reaches nothing.
+	for _, f := range []netcfg.Family{netcfg.IPv4, netcfg.IPv6} {
+		r.hadDefault[f] = r.hadDefault[f] || s.DefaultRoute(f)
+	}
+	var changed []*escaper.Path
+	for _, path := range p.table.Paths() {
+		before := path.Status()
+		for _, f := range []selection.Family{selection.V4, selection.V6} {
+			if path.Given()&f == 0 {
+				continue
+			}
+			cond, reason := r.judge(p, s, path, f)
+			if !path.SetFamilyState(f, cond, reason) || cond == escaper.Up {
+				continue
+			}
+			addr := path.V4
+			if f == selection.V6 {
+				addr = path.V6
+			}
+			// Its connections would hang: the kernel does not end them.
+			if state, why := s.Has(addr, ""); addr.IsValid() && state == netcfg.Absent {
+				if n := path.Kill(addr, fmt.Errorf("%w: %s", selection.ErrBind, why)); n > 0 {
+					r.log.Warn("connections ended", "path", path.Name, "connections", n, "reason", why)
+				}
+			}
+		}
+		if after := path.Status(); after.State != before.State || after.Reason != before.Reason {
+			changed = append(changed, path)
+		}
+	}
+	if len(changed) == 0 {
+		return false
+	}
+	p.table.Publish()
+	r.logChanges(changed)
+	return true
+}
+
+func (r *Router) logChanges(changed []*escaper.Path) {
+	if len(changed) > manyChanges {
+		states := map[string]int{}
+		for _, p := range changed {
+			states[p.Status().State]++
+		}
+		last := changed[len(changed)-1]
+		r.log.Warn("paths changed", "paths", len(changed), "states", fmt.Sprint(states), "for example", last.Name, "reason", last.Status().Reason)
+		return
+	}
+	for _, p := range changed {
+		s := p.Status()
+		if s.State == escaper.StateUp && s.Reason == "" {
+			r.log.Info("path up", "path", p.Name)
+			continue
+		}
+		r.log.Warn("path changed", "path", p.Name, "state", s.State, "reason", s.Reason)
+	}
+}
+
+// Paths is the state of all paths, as the control socket tells it.
+func (r *Router) Paths() control.Paths {
+	all := control.Paths{Version: control.PathsVersion, Paths: []control.Path{}}
+	t := r.door.Table()
+	if t == nil {
+		return all
+	}
+	for _, p := range t.Paths() {
+		all.Paths = append(all.Paths, r.status(p))
+	}
+	return all
+}
+
+func (r *Router) status(p *escaper.Path) control.Path {
+	st, n := p.Status(), p.Counters()
+	c := control.Path{
+		Path: p.Name, Escaper: p.Escaper, ID: p.ID, State: st.State, Reason: st.Reason, Since: st.Since.UTC(),
+		IPv4: addrText(p.V4), IPv6: addrText(p.V6), Uplink: text(p.Uplink), Interface: text(r.plan.device(p)), Weight: int(p.Weight),
+		Connections: control.Connections{Open: int64(n.Open), Made: n.Attempts[escaper.ResultOK], Failed: n.Failed(), Closed: n.Closed},
+		Results:     make(map[string]uint64, len(n.Attempts)),
+	}
+	for i, v := range n.Attempts {
+		c.Results[escaper.Result(i).String()] = v
+	}
+	if k, ok := r.kernelCounters(p.Number); ok {
+		c.Bytes = control.InOut{In: k.BytesIn, Out: k.BytesOut}
+		c.Packets = control.InOut{In: k.PacketsIn, Out: k.PacketsOut}
+		c.Retransmits, c.GuardDrops = k.Retransmits, k.GuardDrops()
+		c.RTTBuckets = histogram(&k)
+		c.RTT = control.Quantiles{P50: c.RTTBuckets.Quantile(0.5), P99: c.RTTBuckets.Quantile(0.99)}
+	}
+	return c
+}
+
+func histogram(k *bpf.Counters) control.Histogram {
+	h := control.Histogram{Sum: k.RTTSum.Seconds()}
+	for i, n := range k.RTT {
+		h.Count += n
+		if i < bpf.RTTBuckets-1 { // the last has no bound
+			h.Bounds = append(h.Bounds, bpf.RTTBound(i))
+			h.Counts = append(h.Counts, h.Count)
+		}
+	}
+	return h
+}
+
+func text(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
+
+func addrText(a netip.Addr) *string {
+	if !a.IsValid() {
+		return nil
+	}
+	s := a.String()
+	return &s
+}
