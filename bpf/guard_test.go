@@ -127,11 +127,12 @@ func TestEgressDrops(t *testing.T) {
 	}
 	before := p.Read(1)
 	for network, src := range map[string]string{"tcp4": wrong4, "tcp6": wrong6} {
+		var timeout net.Error
 		c, err := w.dial(ask{network: network, src: src, mark: m}, 50*time.Millisecond)
 		if err == nil {
 			c.Close()
 			t.Errorf("%s from %s connects", network, src)
-		} else if n := net.Error(nil); !errors.As(err, &n) || !n.Timeout() {
+		} else if !errors.As(err, &timeout) || !timeout.Timeout() {
 			t.Errorf("%s from %s: %v", network, src, err)
 		}
 	}

@@ -40,13 +40,14 @@ type wire struct {
 	seen      *capture
 	leaf      *Leaf
 	layout    Layout
+	hold      chan struct{} // lets the server close, one connection each
 }
 
 func leafName() string { return fmt.Sprintf("wayout-test-%d", os.Getpid()) }
 
 func newWire(t *testing.T) *wire {
 	t.Helper()
-	w := &wire{host: lab.TestNS(t, "host"), far: lab.TestNS(t, "far"), layout: testLayout(t, DefaultMask)}
+	w := &wire{host: lab.TestNS(t, "host"), far: lab.TestNS(t, "far"), layout: testLayout(t, DefaultMask), hold: make(chan struct{})}
 	for i, name := range []string{"eth0", "eth1"} {
 		pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "far-" + name}
 		must(t, w.host.Netlink().LinkAdd(pair))
@@ -66,6 +67,7 @@ func newWire(t *testing.T) *wire {
 		pfx("2001:db8:100::2/64"), pfx(right6+"/64"), pfx(wrong6+"/64")))
 	must(t, w.far.AddAddr("eth0", pfx(far4+"/24"), pfx(far6+"/64")))
 	w.serve(t)
+	t.Cleanup(func() { close(w.hold) })
 	w.leaf, err = MakeLeaf(leafName())
 	must(t, err)
 	t.Cleanup(func() { must(t, w.leaf.Remove()) })
@@ -106,9 +108,7 @@ func (w *wire) guard() Guard {
 	return Guard{V4: pfx(right4 + "/32"), V6: pfx(right6 + "/128"), IfIndex: w.eth[0]}
 }
 
-// serve answers on the far side. Over TCP the client says in a line how many
-// bytes it sends and how many it wants; "await" in place of the second number
-// makes the server wait for the client's end of file and for a word on hold.
+// serve answers on the far side: TCP by answer, datagrams by an echo.
 func (w *wire) serve(t *testing.T) {
 	t.Helper()
 	for _, a := range []string{far4, far6} {
@@ -122,7 +122,7 @@ func (w *wire) serve(t *testing.T) {
 				if err != nil {
 					return
 				}
-				go answer(c)
+				go w.answer(c)
 			}
 		}()
 		var u net.PacketConn
@@ -145,9 +145,9 @@ func (w *wire) serve(t *testing.T) {
 }
 
 // answer serves one connection: "SEND WANT\n", SEND bytes; WANT bytes back, and
-// the server closes first. With WANT negative it sends nothing and waits for
-// the client's end of file before it closes, and -WANT ms more.
-func answer(c net.Conn) {
+// the server closes first. With WANT -1 it sends nothing, and closes after the
+// client's end of file once the test says so.
+func (w *wire) answer(c net.Conn) {
 	defer c.Close()
 	r := bufio.NewReader(c)
 	line, err := r.ReadString('\n')
@@ -162,7 +162,7 @@ func answer(c net.Conn) {
 	}
 	if want < 0 {
 		_, _ = io.Copy(io.Discard, r)
-		time.Sleep(time.Duration(-want) * time.Millisecond)
+		<-w.hold
 		return
 	}
 	_, _ = c.Write(make([]byte, want))
@@ -245,8 +245,8 @@ func (w *wire) packet(a ask) (c net.PacketConn, err error) {
 // has it: whatever was sent before has been captured then.
 func (w *wire) marker(t *testing.T) {
 	t.Helper()
-	for _, network := range []string{"udp4", "udp6"} {
-		c, err := w.dial(ask{network: network, mark: mark(t, w.layout, ClassControl, 0, 0)}, 0)
+	for network, src := range map[string]string{"udp4": "198.51.100.2", "udp6": "2001:db8:100::2"} {
+		c, err := w.dial(ask{network: network, src: src, mark: mark(t, w.layout, ClassControl, 0, 0)}, 0)
 		must(t, err)
 		_, err = c.Write([]byte("marker"))
 		must(t, err)
@@ -307,7 +307,6 @@ type pkt struct {
 
 const (
 	finFlag = 1
-	rstFlag = 4
 	ackFlag = 16
 )
 

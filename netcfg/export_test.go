@@ -1,5 +1,10 @@
 package netcfg
 
+import (
+	"net/netip"
+	"slices"
+)
+
 // Export what the tests make snapshots of and look behind.
 
 // NewSnapshot makes a snapshot by hand.
@@ -23,6 +28,19 @@ func (s *Snapshot) CarryOver(old *Snapshot, gone ...Address) *Snapshot {
 		m[journalKey{a.LinkIndex, a.Addr}] = true
 	}
 	return s.carryOver(old, m)
+}
+
+// ParseJournal gives the addresses that a state file of boot "b" and namespace "1:2"
+// names, and the file written anew.
+func ParseJournal(text string) (addrs []netip.Addr, again string) {
+	j := &journal{boot: "b", net: "1:2", live: make(map[journalKey]bool), name: make(map[journalKey]string)}
+	j.parse(text)
+	for k := range j.live {
+		addrs = append(addrs, k.addr)
+		again += j.line("+", k, j.name[k])
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return addrs, again
 }
 
 // BreakSubscription makes the watcher's socket useless.

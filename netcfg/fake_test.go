@@ -3,7 +3,6 @@ package netcfg_test
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"slices"
@@ -305,7 +304,7 @@ func TestReconcile(t *testing.T) {
 		t.Errorf("the log does not say what was put back:\n%s", log.String())
 	}
 	// A snapshot from before is no reason to do it twice.
-	if n, err := netcfg.Reconcile(k, stale, w, slog.New(slog.NewTextHandler(io.Discard, nil))); n != 0 || err != nil {
+	if n, err := netcfg.Reconcile(k, stale, w, slog.New(slog.DiscardHandler)); n != 0 || err != nil {
 		t.Errorf("with an old snapshot: %d changes, error %v", n, err)
 	}
 }

@@ -20,8 +20,6 @@ const (
 	IPv6 Family = unix.AF_INET6
 )
 
-func families() [2]Family { return [2]Family{IPv4, IPv6} }
-
 func familyOf(a netip.Addr) Family {
 	if a.Is4() {
 		return IPv4
@@ -161,7 +159,9 @@ type Snapshot struct {
 	AddrProto bool // the kernel keeps IFA_PROTO (Linux 5.18)
 
 	list    []Address // Addrs in order of address, then interface
-	partial bool      // a dump was interrupted by changes until the tries ran out
+	local   []netip.Prefix
+	byName  map[string]Link
+	partial bool // a dump was interrupted by changes until the tries ran out
 }
 
 // State is what became of an address.
@@ -200,7 +200,15 @@ func newSnapshot(links map[int]Link, addrs []Address, routes []Route, rules []Ru
 	slices.SortStableFunc(rules, func(a, b Rule) int {
 		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Priority, b.Priority))
 	})
-	s := &Snapshot{Links: links, Routes: routes, Rules: rules, list: addrs}
+	s := &Snapshot{Links: links, Routes: routes, Rules: rules, list: addrs, byName: make(map[string]Link, len(links))}
+	for _, l := range links {
+		s.byName[l.Name] = l
+	}
+	for _, r := range routes {
+		if r.Type == RouteLocal && r.Table == TableLocal && !slices.Contains(s.local, r.Dst) {
+			s.local = append(s.local, r.Dst)
+		}
+	}
 	s.Addrs = make(map[netip.Addr][]Address, len(addrs))
 	for i := 0; i < len(addrs); {
 		j := i + 1
@@ -233,12 +241,8 @@ func (s *Snapshot) Equal(o *Snapshot) bool {
 
 // Link gives the interface of that name.
 func (s *Snapshot) Link(name string) (Link, bool) {
-	for _, l := range s.Links {
-		if l.Name == name {
-			return l, true
-		}
-	}
-	return Link{}, false
+	l, ok := s.byName[name]
+	return l, ok
 }
 
 // Has says whether addr can be bound and, when it cannot, why. With an ifname
@@ -256,15 +260,17 @@ func (s *Snapshot) Has(addr netip.Addr, ifname string) (State, string) {
 			return LinkDown, l.Reason
 		}
 	}
-	best, reason := Absent, "address "+addr.String()+" is not on any interface"
+	best, reason := Absent, ""
 	for _, a := range s.Addrs[addr] {
-		state, why := s.usable(a, ifname)
-		if state < best {
+		if state, why := s.usable(a, ifname); state < best {
 			best, reason = state, why
 		}
 	}
-	if best != Present && s.anyIP(addr) {
+	if best == Present || slices.ContainsFunc(s.local, func(p netip.Prefix) bool { return p.Contains(addr) }) {
 		return Present, ""
+	}
+	if best == Absent {
+		reason = "address " + addr.String() + " is not on any interface"
 	}
 	return best, reason
 }
@@ -286,16 +292,6 @@ func (s *Snapshot) usable(a Address, ifname string) (State, string) {
 		return Tentative, "address " + a.Addr.String() + " is tentative (duplicate address detection)"
 	}
 	return Present, ""
-}
-
-// anyIP says whether a local route that is not the kernel's own covers addr.
-func (s *Snapshot) anyIP(addr netip.Addr) bool {
-	for _, r := range s.Routes {
-		if r.Type == RouteLocal && r.Table == TableLocal && r.Dst.Contains(addr) {
-			return true
-		}
-	}
-	return false
 }
 
 // HasDefault says whether a usable default route is in the table. Routes that
@@ -359,15 +355,7 @@ func (s *Snapshot) OwnAddrs() []netip.Addr {
 
 // LocalPrefixes gives the prefixes that the host takes for its own by a local
 // route (AnyIP), beside its addresses.
-func (s *Snapshot) LocalPrefixes() []netip.Prefix {
-	var out []netip.Prefix
-	for _, r := range s.Routes {
-		if r.Type == RouteLocal && r.Table == TableLocal && !slices.Contains(out, r.Dst) {
-			out = append(out, r.Dst)
-		}
-	}
-	return out
-}
+func (s *Snapshot) LocalPrefixes() []netip.Prefix { return slices.Clone(s.local) }
 
 // Broadcasts gives the broadcast addresses of the interfaces, in order.
 func (s *Snapshot) Broadcasts() []netip.Addr {

@@ -35,6 +35,7 @@ type Config struct {
 	Accounting   bool          `key:"accounting" type:"switch" default:"on" meaning:"Count and guard packets in the kernel by eBPF. off: run without, and say so at start."`
 	KeepOnStop   bool          `key:"keep_on_stop" type:"switch" default:"off" meaning:"Leave rules, routes and addresses in place on SIGTERM."`
 	DrainTimeout time.Duration `key:"drain_timeout" type:"duration" default:"30s" min:"0s" max:"24h" meaning:"The longest that open connections may go on after SIGTERM."`
+	Keepalive    Keepalive     `key:"http_forward_upstream_keepalive" meaning:"Upstream connections kept for the next forwarded request of the same path, source address, user and destination."`
 	Netcfg       Netcfg        `key:"netcfg" meaning:"What of the host's number spaces is wayout's."`
 	Resolvers    []Resolver    `key:"resolver" meaning:"How names become addresses."`
 	Uplinks      []Uplink      `key:"uplink" meaning:"Ways off the host."`
@@ -110,8 +111,8 @@ type Escaper struct {
 	Interface string       `key:"interface" type:"interface" meaning:"SO_BINDTODEVICE for nodes that name no interface; alone, it makes one node without an address."`
 	Uplink    string       `key:"uplink" type:"name" ref:"uplink" meaning:"The uplink of nodes that name none. Absent: the host's main routing."`
 
-	TCPConnect    TCPConnect    `key:"tcp_connect" meaning:"Connecting to a target."`
-	HappyEyeballs HappyEyeballs `key:"happy_eyeballs" meaning:"Racing a target's addresses (RFC 8305)."`
+	ConnectTimeout time.Duration `key:"connect_timeout" type:"duration" default:"10s" min:"10ms" max:"10m" meaning:"The longest that connecting to a target may take, all attempts together; over it: 504."`
+	HappyEyeballs  HappyEyeballs `key:"happy_eyeballs" meaning:"Racing a target's addresses (RFC 8305)."`
 
 	_ struct{} `later:"cache next resolve_strategy hosts neighbour probe spill"`
 }
@@ -162,11 +163,6 @@ type nodeSpec struct {
 	at *place
 }
 
-// TCPConnect bounds connecting to a target.
-type TCPConnect struct {
-	EachTimeout time.Duration `key:"each_timeout" type:"duration" default:"10s" min:"10ms" max:"5m" meaning:"The longest that connecting to one address may take."`
-}
-
 // HappyEyeballs is how a target's addresses are raced.
 type HappyEyeballs struct {
 	ConnectionAttemptDelay time.Duration `key:"connection_attempt_delay" type:"duration" default:"250ms" min:"10ms" max:"2s" meaning:"How long an attempt goes on alone before the next address is tried beside it."`
@@ -202,27 +198,30 @@ type Server struct {
 	PathSelectionHeader string           `key:"path_selection_header" alias:"egress_path_selection_header" type:"header name" meaning:"The request header by which a client chooses a path; removed before the request goes on. Absent: off."`
 	ReportEgress        bool             `key:"report_egress" type:"switch" default:"off" meaning:"Tell the client path and source address, in Proxy-Status and X-Egress-IP."`
 
-	ReqHeaderMaxSize  int `key:"req_header_max_size" type:"size" default:"32KiB" min:"1KiB" max:"1MiB" meaning:"The longest head of a request; over it: 431."`
-	ReqHeaderMaxCount int `key:"req_header_max_count" type:"number" default:"128" min:"8" max:"4096" meaning:"The most header fields in a request; over it: 431."`
-	RspHeaderMaxSize  int `key:"rsp_header_max_size" type:"size" default:"64KiB" min:"1KiB" max:"1MiB" meaning:"The longest head of a response; over it: 502."`
-	BodyLineMaxLength int `key:"body_line_max_length" type:"size" default:"8KiB" min:"64" max:"64KiB" meaning:"The longest line between the chunks of a body (chunk size, trailer)."`
+	ReqHeaderMaxSize  int `key:"req_header_max_size" type:"size" default:"64KiB" min:"1KiB" max:"1MiB" meaning:"The longest head of a request; over it: 431."`
+	ReqHeaderMaxCount int `key:"req_header_max_count" type:"number" default:"200" min:"8" max:"4096" meaning:"The most header fields in a request; over it: 431."`
+	ReqTargetMaxSize  int `key:"req_target_max_size" type:"size" default:"16KiB" min:"256" max:"1MiB" meaning:"The longest request target (URL); over it: 414."`
+	RspHeaderMaxSize  int `key:"rsp_header_max_size" type:"size" default:"256KiB" min:"1KiB" max:"4MiB" meaning:"The longest head of a response; over it: 502."`
+	RspHeaderMaxCount int `key:"rsp_header_max_count" type:"number" default:"1000" min:"8" max:"16384" meaning:"The most header fields in a response; over it: 502."`
 
-	ReqHeaderRecvTimeout    time.Duration `key:"req_header_recv_timeout" type:"duration" default:"30s" min:"10ms" max:"1h" meaning:"The longest from the first byte of a request, or from the accept, to the end of its head."`
-	PipelineReadIdleTimeout time.Duration `key:"pipeline_read_idle_timeout" type:"duration" default:"5m" min:"10ms" max:"24h" meaning:"How long a client connection may wait between two requests."`
-	ConnectTimeout          time.Duration `key:"connect_timeout" type:"duration" default:"30s" min:"10ms" max:"10m" meaning:"The longest that reaching the target may take, resolving and all attempts included; over it: 504."`
-	RspHeaderRecvTimeout    time.Duration `key:"rsp_header_recv_timeout" type:"duration" default:"60s" min:"10ms" max:"1h" meaning:"The longest from the end of a request to the end of the response's head; over it: 504."`
-	BodyStallTimeout        time.Duration `key:"body_stall_timeout" type:"duration" default:"60s" min:"10ms" max:"24h" meaning:"How long a body may stand still in either direction."`
+	PipelineReadIdleTimeout time.Duration `key:"pipeline_read_idle_timeout" type:"duration" default:"2m" min:"10ms" max:"24h" meaning:"How long a client connection may wait between two requests."`
+	ReqHeaderRecvTimeout    time.Duration `key:"req_header_recv_timeout" type:"duration" default:"30s" min:"10ms" max:"1h" meaning:"The longest from the first byte of a request to the end of its head."`
+	AuthTimeout             time.Duration `key:"auth_timeout" type:"duration" default:"10s" min:"10ms" max:"5m" meaning:"The longest that checking a password may take, the wait for its turn included."`
+	RspHeaderRecvTimeout    time.Duration `key:"rsp_header_recv_timeout" type:"duration" default:"5m" min:"10ms" max:"24h" meaning:"The longest from the end of a request to the end of the response's head; over it: 504."`
+	BodyStallTimeout        time.Duration `key:"body_stall_timeout" type:"duration" default:"5m" min:"10ms" max:"24h" meaning:"How long nothing of a body may come, in either direction."`
+	SendTimeout             time.Duration `key:"send_timeout" type:"duration" default:"2m" min:"10ms" max:"24h" meaning:"How long a peer may take nothing of what is sent to it."`
 	TunnelIdleTimeout       time.Duration `key:"tunnel_idle_timeout" type:"duration" default:"1h" min:"10ms" max:"30d" meaning:"How long a tunnel may stand still in both directions."`
-
-	UpstreamKeepalive Keepalive `key:"http_forward_upstream_keepalive" meaning:"Keeping upstream connections for the next request of the same path, source address, user and destination."`
 
 	_ struct{} `later:"username_params socks_extension select divert interface limits"`
 }
 
-// Keepalive is how long an idle upstream connection is kept.
+// Keepalive is the pool of idle upstream connections. A connection is only ever used again for the same path, source
+// address, user and destination.
 type Keepalive struct {
 	Enable     bool          `key:"enable" type:"switch" default:"on" meaning:"Keep them at all."`
 	IdleExpire time.Duration `key:"idle_expire" type:"duration" default:"60s" min:"10ms" max:"1h" meaning:"How long one is kept."`
+	MaxPerKey  int           `key:"max_per_key" type:"number" default:"32" min:"1" max:"65536" meaning:"The most that are kept for one path, source address, user and destination."`
+	Max        int           `key:"max" type:"number" default:"4096" min:"1" max:"1048576" meaning:"The most that are kept in all."`
 }
 
 // DefaultHeader is the path_selection_header of the zero configuration.

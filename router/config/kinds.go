@@ -348,7 +348,7 @@ func (d *decoder) hash(p *place, _ *field, v reflect.Value) {
 		bad = "has no value"
 	case strings.HasPrefix(s, "$argon2id$"):
 		if f := strings.Split(s, "$"); len(f) != 6 || f[2] != "v=19" || !strings.HasPrefix(f[3], "m=") || f[4] == "" || f[5] == "" {
-			bad = "an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH"
+			bad = "an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH, and needs quotes within {}"
 		}
 	case strings.HasPrefix(s, "$2a$"), strings.HasPrefix(s, "$2b$"), strings.HasPrefix(s, "$2y$"):
 		if len(s) != 60 || s[6] != '$' {

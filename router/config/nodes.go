@@ -277,8 +277,12 @@ func (b *builder) spec(s *nodeSpec) {
 		if !b.add(&node, at, at4, at6) {
 			return // one error for a range
 		}
-		if n > 1 {
-			a4, a6 = a4.Next(), a6.Next()
+		// The zero Addr's Next is an address, and not one that anybody asked for.
+		if n4 > 1 {
+			a4 = a4.Next()
+		}
+		if n6 > 1 {
+			a6 = a6.Next()
 		}
 	}
 }

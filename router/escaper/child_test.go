@@ -12,36 +12,32 @@ import (
 
 const childEnv = "WAYOUT_ESCAPER_CHILD"
 
-// inChild runs the rest of a test in a process of its own, which is this one
-// started again for that test alone.
-func inChild(t *testing.T, f func(*testing.T)) {
+// isChild reports whether this process was started to run this test alone.
+func isChild(t *testing.T) bool { return os.Getenv(childEnv) == t.Name() }
+
+func childArgs(t *testing.T) (args, env []string) {
+	return []string{"-test.run=^" + t.Name() + "$", "-test.v"}, append(os.Environ(), childEnv+"="+t.Name())
+}
+
+// runChild runs the test again in a process of its own.
+func runChild(t *testing.T) {
 	t.Helper()
-	if os.Getenv(childEnv) == t.Name() {
-		f(t)
-		return
-	}
 	var out bytes.Buffer
-	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), childEnv+"="+t.Name())
-	cmd.Stdout, cmd.Stderr = &out, &out
+	args, env := childArgs(t)
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = env, &out, &out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Run(); err != nil {
 		t.Errorf("child: %v\n%s", err, &out)
 	}
 }
 
-// inNamespace is inChild with the child in a network namespace.
-func inNamespace(t *testing.T, ns *lab.NS, f func(*testing.T)) {
+// runChildIn is runChild in a network namespace.
+func runChildIn(t *testing.T, ns *lab.NS) {
 	t.Helper()
-	if os.Getenv(childEnv) == t.Name() {
-		f(t)
-		return
-	}
 	var out bytes.Buffer
-	cmd, err := ns.Start(lab.Program{
-		Path: os.Args[0], Args: []string{"-test.run=^" + t.Name() + "$", "-test.v"},
-		Env: append(os.Environ(), childEnv+"="+t.Name()), Stdout: &out, Stderr: &out,
-	})
+	args, env := childArgs(t)
+	cmd, err := ns.Start(lab.Program{Path: os.Args[0], Args: args, Env: env, Stdout: &out, Stderr: &out})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return nil, fail(context.Canceled, err, "path %s: connect to %s: given up", p.Name, to)
 		}
-		err, r := p.classify(err, from, to)
+		r, err := p.classify(err, from, to)
 		p.count(r)
 		return nil, err
 	}
@@ -70,7 +70,7 @@ func addrPort(a net.Addr) netip.AddrPort {
 // classify says what a failed attempt means. The same error number means
 // different things of different system calls: EADDRNOTAVAIL of bind is an
 // address that is not there, of connect a range of ports that is used up.
-func (p *Path) classify(err error, from netip.Addr, to netip.AddrPort) (error, Result) {
+func (p *Path) classify(err error, from netip.Addr, to netip.AddrPort) (Result, error) {
 	var sys *os.SyscallError
 	var no syscall.Errno
 	call := ""
@@ -80,33 +80,33 @@ func (p *Path) classify(err error, from netip.Addr, to netip.AddrPort) (error, R
 	errors.As(err, &no)
 	switch no {
 	case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM:
-		return fail(ErrResources, err, "path %s: connect to %s: %s", p.Name, to, no), ResultLocal
+		return ResultLocal, fail(ErrResources, err, "path %s: connect to %s: %s", p.Name, to, no)
 	}
 	switch {
 	case call == "bind" && no == syscall.EADDRNOTAVAIL:
-		return fail(selection.ErrBind, err, "path %s: cannot bind %s: it is not on this host", p.Name, from), ResultLocal
+		return ResultLocal, fail(selection.ErrBind, err, "path %s: cannot bind %s: it is not on this host", p.Name, from)
 	case call == "bind", call == "socket", strings.HasPrefix(call, "setsockopt"):
-		return fail(selection.ErrBind, err, "path %s: cannot bind %s: %s: %s", p.Name, from, call, no), ResultLocal
+		return ResultLocal, fail(selection.ErrBind, err, "path %s: cannot bind %s: %s: %s", p.Name, from, call, no)
 	case isTimeout(err), no == syscall.ETIMEDOUT:
-		return fail(ErrTimeout, err, "path %s: connect to %s: timed out", p.Name, to), ResultTimeout
+		return ResultTimeout, fail(ErrTimeout, err, "path %s: connect to %s: timed out", p.Name, to)
 	}
 	switch no {
 	case syscall.EADDRNOTAVAIL, syscall.EADDRINUSE, syscall.EAGAIN:
-		return fail(selection.ErrPorts, err, "path %s: the ports of %s towards %s are used up", p.Name, from, to), ResultLocal
+		return ResultLocal, fail(selection.ErrPorts, err, "path %s: the ports of %s towards %s are used up", p.Name, from, to)
 	case syscall.EPERM:
-		return fail(ErrGuarded, err, "path %s: connect from %s to %s: refused by the kernel's guard", p.Name, from, to), ResultLocal
+		return ResultLocal, fail(ErrGuarded, err, "path %s: connect from %s to %s: refused by the kernel's guard", p.Name, from, to)
 	case syscall.ECONNREFUSED:
-		return fail(ErrRefused, err, "path %s: connect to %s: refused", p.Name, to), ResultRefused
+		return ResultRefused, fail(ErrRefused, err, "path %s: connect to %s: refused", p.Name, to)
 	case syscall.ECONNRESET, syscall.ECONNABORTED, syscall.EPIPE:
-		return fail(ErrReset, err, "path %s: connect to %s: reset", p.Name, to), ResultReset
+		return ResultReset, fail(ErrReset, err, "path %s: connect to %s: reset", p.Name, to)
 	case syscall.ENODEV:
-		return fail(selection.ErrBind, err, "path %s: interface %s: %s", p.Name, p.Interface, no), ResultLocal
+		return ResultLocal, fail(selection.ErrBind, err, "path %s: interface %s: %s", p.Name, p.Interface, no)
 	case 0:
-		return fail(ErrUnreachable, err, "path %s: connect to %s: %v", p.Name, to, err), ResultUnreachable
+		return ResultUnreachable, fail(ErrUnreachable, err, "path %s: connect to %s: %v", p.Name, to, err)
 	}
 	// What is left is what a route or an ICMP message says: no route,
 	// prohibited, host down, network down, protocol unreachable.
-	return fail(ErrUnreachable, err, "path %s: connect to %s: %s", p.Name, to, no), ResultUnreachable
+	return ResultUnreachable, fail(ErrUnreachable, err, "path %s: connect to %s: %s", p.Name, to, no)
 }
 
 func isTimeout(err error) bool {

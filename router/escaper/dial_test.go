@@ -16,13 +16,19 @@ import (
 
 	"wayout/router/escaper"
 	"wayout/router/resolve"
+	"wayout/scripts/lab"
 	"wayout/selection"
 )
 
 // TestManyPerPort: 100 local ports carry a connection each to ten
 // destinations, because bind leaves the port to connect; and when they are
-// used up, that is told apart from an address that has gone.
+// used up, that is told apart from an address that has gone. It runs in a
+// namespace of its own, where no listener has one of the ports.
 func TestManyPerPort(t *testing.T) {
+	if !isChild(t) {
+		runChildIn(t, lab.TestNS(t, "ports"))
+		return
+	}
 	const low, ports, destinations = 40000, 100, 10
 	s, err := escaper.NewSockets(low, low+ports-1)
 	if err != nil {
@@ -431,25 +437,31 @@ func TestCancelledRace(t *testing.T) {
 // TestOutOfDescriptors runs out of descriptors for a moment, in a child of its
 // own.
 func TestOutOfDescriptors(t *testing.T) {
-	inChild(t, func(t *testing.T) {
-		o := listen(t, "127.0.0.1:0").hold(t)
-		d := door(t, direct(t, escaper.Options{Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), Weight: 1}}}))
-		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: highest(t) + 1, Max: 1024}); err != nil {
-			t.Fatal(err)
-		}
-		_, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
-		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 1024}); err != nil {
-			t.Fatal(err)
-		}
-		if !errors.Is(err, escaper.ErrResources) {
-			t.Errorf("got %v", err)
-		}
-		c, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
-		if err != nil {
-			t.Fatalf("afterwards: %v", err)
-		}
-		_ = c.Close()
-	})
+	if !isChild(t) {
+		runChild(t)
+		return
+	}
+	o := listen(t, "127.0.0.1:0").hold(t)
+	d := door(t, direct(t, escaper.Options{Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), Weight: 1}}}))
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: highest(t) + 1, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, escaper.ErrResources) {
+		t.Errorf("got %v", err)
+	}
+	c, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
+	if err != nil {
+		t.Fatalf("afterwards: %v", err)
+	}
+	_ = c.Close()
 }
 
 // highest fills the gaps in the descriptors and returns the highest one.
@@ -467,4 +479,48 @@ func highest(t *testing.T) uint64 {
 		}
 	}
 	return top
+}
+
+// TestClassify: one error number means different things of different calls.
+func TestClassify(t *testing.T) {
+	from, to := addr("198.51.100.1"), netip.MustParseAddrPort("203.0.113.7:443")
+	p := &escaper.Path{Name: "out/a"}
+	for _, tt := range []struct {
+		call   string
+		errno  syscall.Errno
+		want   error
+		result escaper.Result
+	}{
+		{"bind", syscall.EADDRNOTAVAIL, selection.ErrBind, escaper.ResultLocal},
+		{"bind", syscall.EADDRINUSE, selection.ErrBind, escaper.ResultLocal},
+		{"bind", syscall.EPERM, selection.ErrBind, escaper.ResultLocal},
+		{"setsockopt SO_MARK", syscall.EPERM, selection.ErrBind, escaper.ResultLocal},
+		{"setsockopt SO_BINDTODEVICE", syscall.ENODEV, selection.ErrBind, escaper.ResultLocal},
+		{"socket", syscall.EAFNOSUPPORT, selection.ErrBind, escaper.ResultLocal},
+		{"socket", syscall.EMFILE, escaper.ErrResources, escaper.ResultLocal},
+		{"socket", syscall.ENFILE, escaper.ErrResources, escaper.ResultLocal},
+		{"connect", syscall.ENOBUFS, escaper.ErrResources, escaper.ResultLocal},
+		{"connect", syscall.EADDRNOTAVAIL, selection.ErrPorts, escaper.ResultLocal},
+		{"connect", syscall.EAGAIN, selection.ErrPorts, escaper.ResultLocal},
+		{"connect", syscall.EPERM, escaper.ErrGuarded, escaper.ResultLocal},
+		{"connect", syscall.ECONNREFUSED, escaper.ErrRefused, escaper.ResultRefused},
+		{"connect", syscall.ECONNRESET, escaper.ErrReset, escaper.ResultReset},
+		{"connect", syscall.ETIMEDOUT, escaper.ErrTimeout, escaper.ResultTimeout},
+		{"connect", syscall.ENETUNREACH, escaper.ErrUnreachable, escaper.ResultUnreachable},
+		{"connect", syscall.EHOSTUNREACH, escaper.ErrUnreachable, escaper.ResultUnreachable},
+		{"connect", syscall.EACCES, escaper.ErrUnreachable, escaper.ResultUnreachable},
+		{"connect", syscall.EINVAL, escaper.ErrUnreachable, escaper.ResultUnreachable},
+		{"connect", syscall.ENODEV, selection.ErrBind, escaper.ResultLocal},
+	} {
+		err := &net.OpError{Op: "dial", Err: os.NewSyscallError(tt.call, tt.errno)}
+		r, got := escaper.Classify(p, err, from, to)
+		if !errors.Is(got, tt.want) || r != tt.result || !errors.Is(got, tt.errno) {
+			t.Errorf("%s: %s: %v (%s), want %v (%s)", tt.call, tt.errno, got, r, tt.want, tt.result)
+		}
+	}
+	for _, err := range []error{context.DeadlineExceeded, os.ErrDeadlineExceeded} {
+		if r, got := escaper.Classify(p, &net.OpError{Op: "dial", Err: err}, from, to); !errors.Is(got, escaper.ErrTimeout) || r != escaper.ResultTimeout {
+			t.Errorf("%v: %v (%s)", err, got, r)
+		}
+	}
 }

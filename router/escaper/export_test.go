@@ -1,4 +1,7 @@
 package escaper
 
 // For tests of what has no other way in.
-var ParsePorts = parsePorts
+var (
+	ParsePorts = parsePorts
+	Classify   = (*Path).classify
+)

@@ -278,12 +278,12 @@ func readings(a netip.Addr) []netip.Addr {
 }
 
 func FuzzFilter(f *testing.F) {
-	f.Add([]byte{0, 8, 10, 0, 0, 0}, []byte(netip.MustParseAddr("10.0.0.1").AsSlice()))
-	f.Add([]byte{1, 32, 127, 0, 0, 1, 0, 8, 127, 0, 0, 0}, []byte(netip.MustParseAddr("64:ff9b::127.0.0.1").AsSlice()))
-	f.Add([]byte{2, 24, 192, 168, 0, 0, 3, 25, 192, 168, 0, 0, 4, 32, 192, 168, 0, 1}, []byte(netip.MustParseAddr("2002:c0a8:1::").AsSlice()))
-	f.Add([]byte{5, 0, 0, 0, 0, 0, 6, 96, 0, 0, 0, 0}, []byte(netip.MustParseAddr("64:ff9b:1:a9fe:a9:fe00::").AsSlice()))
-	f.Add([]byte{0, 0, 0, 0, 0, 0}, []byte(netip.MustParseAddr("255.255.255.255").AsSlice()))
-	f.Add([]byte{5, 0, 255, 255, 255, 255, 5, 128, 255, 255, 255, 255}, []byte(netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff").AsSlice()))
+	f.Add([]byte{0, 8, 10, 0, 0, 0}, netip.MustParseAddr("10.0.0.1").AsSlice())
+	f.Add([]byte{1, 32, 127, 0, 0, 1, 0, 8, 127, 0, 0, 0}, netip.MustParseAddr("64:ff9b::127.0.0.1").AsSlice())
+	f.Add([]byte{2, 24, 192, 168, 0, 0, 3, 25, 192, 168, 0, 0, 4, 32, 192, 168, 0, 1}, netip.MustParseAddr("2002:c0a8:1::").AsSlice())
+	f.Add([]byte{5, 0, 0, 0, 0, 0, 6, 96, 0, 0, 0, 0}, netip.MustParseAddr("64:ff9b:1:a9fe:a9:fe00::").AsSlice())
+	f.Add([]byte{0, 0, 0, 0, 0, 0}, netip.MustParseAddr("255.255.255.255").AsSlice())
+	f.Add([]byte{5, 0, 255, 255, 255, 255, 5, 128, 255, 255, 255, 255}, netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff").AsSlice())
 	f.Fuzz(func(t *testing.T, rules, at []byte) {
 		a, ok := netip.AddrFromSlice(at)
 		if !ok || len(rules) > 6*64 {

@@ -132,7 +132,7 @@ func (l *link) parkLocked(now time.Time) {
 	}
 	set.newest = l
 	if !set.armed {
-		l.ledger.arm(l.idlers.timeout)
+		l.arm(l.idlers.timeout)
 	}
 }
 

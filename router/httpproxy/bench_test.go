@@ -4,6 +4,8 @@ import (
 	"io"
 	"net"
 	"testing"
+
+	"wayout/router/httpproxy"
 )
 
 const (
@@ -28,10 +30,13 @@ func static(b *testing.B) string {
 	})
 }
 
+// quiet keeps the test's own records out of the figures.
+func quiet(o *httpproxy.Options) { o.Observe = nil }
+
 // BenchmarkForward is one kept client connection and one kept origin
 // connection: all four ends in this process.
 func BenchmarkForward(b *testing.B) {
-	r := newRig(b, nil)
+	r := newRig(b, quiet)
 	w := r.dial()
 	req := []byte("GET http://" + static(b) + "/ HTTP/1.1\r\nHost: x\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n")
 	buf := make([]byte, 4096)
@@ -65,7 +70,7 @@ func exchange(b *testing.B, w *wire, req, buf []byte, want int) {
 
 // BenchmarkConnect is a tunnel with one exchange in it, from dial to close.
 func BenchmarkConnect(b *testing.B) {
-	r := newRig(b, nil)
+	r := newRig(b, quiet)
 	at := static(b)
 	connect := []byte("CONNECT " + at + " HTTP/1.1\r\nHost: " + at + "\r\n\r\n")
 	get := []byte("GET / HTTP/1.1\r\nHost: " + at + "\r\n\r\n")
