@@ -432,7 +432,7 @@ func TestProbe(t *testing.T) {
 		if f.OK != (f.Err == nil) || f.Name == "" || f.Since == "" || f.Need == "" || f.Remedy == "" {
 			t.Errorf("not whole: %+v", f)
 		}
-		if !f.OK && f.Need == needAll {
+		if !f.OK && f.Need == NeedAll {
 			t.Errorf("%s: %v", f.Name, f.Err)
 		}
 	}

@@ -45,7 +45,7 @@ type wire struct {
 
 func leafName() string { return fmt.Sprintf("wayout-test-%d", os.Getpid()) }
 
-func newWire(t *testing.T) *wire {
+func newWire(t testing.TB) *wire {
 	t.Helper()
 	w := &wire{host: lab.TestNS(t, "host"), far: lab.TestNS(t, "far"), layout: testLayout(t, DefaultMask), hold: make(chan struct{})}
 	for i, name := range []string{"eth0", "eth1"} {
@@ -74,7 +74,7 @@ func newWire(t *testing.T) *wire {
 	return w
 }
 
-func (w *wire) movePeers(t *testing.T) {
+func (w *wire) movePeers(t testing.TB) {
 	t.Helper()
 	for _, name := range []string{"eth0", "eth1"} {
 		peer, err := w.host.Netlink().LinkByName("far-" + name)
@@ -94,7 +94,7 @@ func (w *wire) movePeers(t *testing.T) {
 }
 
 // load loads the programs; path 1 has the right addresses on eth0.
-func (w *wire) load(t *testing.T, o Options) *Programs {
+func (w *wire) load(t testing.TB, o Options) *Programs {
 	t.Helper()
 	o.Layout, o.Cgroup = w.layout, w.leaf.Path()
 	p, err := Load(o)
@@ -109,7 +109,7 @@ func (w *wire) guard() Guard {
 }
 
 // serve answers on the far side: TCP by answer, datagrams by an echo.
-func (w *wire) serve(t *testing.T) {
+func (w *wire) serve(t testing.TB) {
 	t.Helper()
 	for _, a := range []string{far4, far6} {
 		at := netip.AddrPortFrom(netip.MustParseAddr(a), tcpPort)
@@ -243,7 +243,7 @@ func (w *wire) packet(a ask) (c net.PacketConn, err error) {
 
 // marker sends a datagram that may pass and waits until the far side's capture
 // has it: whatever was sent before has been captured then.
-func (w *wire) marker(t *testing.T) {
+func (w *wire) marker(t testing.TB) {
 	t.Helper()
 	for network, src := range map[string]string{"udp4": "198.51.100.2", "udp6": "2001:db8:100::2"} {
 		c, err := w.dial(ask{network: network, src: src, mark: mark(t, w.layout, ClassControl, 0, 0)}, 0)
@@ -264,7 +264,7 @@ func (w *wire) marker(t *testing.T) {
 }
 
 // nothingFrom fails when the far side has seen a packet from an address.
-func (w *wire) nothingFrom(t *testing.T, sources ...string) {
+func (w *wire) nothingFrom(t testing.TB, sources ...string) {
 	t.Helper()
 	w.marker(t)
 	for _, p := range w.seen.all() {
@@ -276,7 +276,7 @@ func (w *wire) nothingFrom(t *testing.T, sources ...string) {
 	}
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -284,7 +284,7 @@ func must(t *testing.T, err error) {
 }
 
 // eventually asks until it is so.
-func eventually(t *testing.T, what string, is func() bool) {
+func eventually(t testing.TB, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); !is(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
@@ -409,7 +409,7 @@ func (c *capture) all() []pkt {
 	return c.pkts[:len(c.pkts):len(c.pkts)]
 }
 
-func (c *capture) await(t *testing.T, what string, is func([]pkt) bool) {
+func (c *capture) await(t testing.TB, what string, is func([]pkt) bool) {
 	t.Helper()
 	timeout := time.After(30 * time.Second)
 	for {
@@ -427,7 +427,7 @@ func (c *capture) await(t *testing.T, what string, is func([]pkt) bool) {
 	}
 }
 
-func (c *capture) close(t *testing.T) {
+func (c *capture) close(t testing.TB) {
 	raw, err := c.f.SyscallConn()
 	must(t, err)
 	must(t, raw.Control(func(fd uintptr) {

@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -17,12 +16,6 @@ import (
 	"wayout/router/escaper"
 	"wayout/router/resolve"
 	"wayout/selection"
-)
-
-// Limits of the pool of idle upstream connections.
-const (
-	idlePerKey = 32
-	idleTotal  = 8192
 )
 
 // plan is all that a configuration comes to before anything touches the
@@ -102,17 +95,9 @@ func (r *Router) buildEscapers(p *plan) error {
 	if err != nil {
 		return err
 	}
-	// One pool serves all escapers, so it is as patient as the most patient
-	// server.
-	var keep time.Duration
-	for _, s := range p.config.Servers {
-		if s.UpstreamKeepalive.Enable {
-			keep = max(keep, s.UpstreamKeepalive.IdleExpire)
-		}
-	}
 	var idle *escaper.Idle
-	if keep > 0 {
-		idle = escaper.NewIdle(idlePerKey, idleTotal, keep)
+	if k := p.config.Keepalive; k.Enable {
+		idle = escaper.NewIdle(k.MaxPerKey, k.Max, k.IdleExpire)
 	}
 	var all []*escaper.Direct
 	for i := range p.config.Escapers {
@@ -120,7 +105,7 @@ func (r *Router) buildEscapers(p *plan) error {
 		o := escaper.Options{
 			Name: e.Name, Policy: e.PickPolicy, StrictIndex: e.StrictIndex, EnableSelection: e.EnablePathSelection,
 			Resolver: p.resolvers[e.Resolver], Sockets: sockets, Idle: idle,
-			ConnectTimeout: e.TCPConnect.EachTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
+			ConnectTimeout: e.ConnectTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
 		}
 		if o.PickKey, err = escaper.ParsePickKey(e.PickKey); err != nil {
 			return err

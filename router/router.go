@@ -13,7 +13,6 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"wayout/bpf"
 	"wayout/netcfg"
@@ -182,14 +181,14 @@ func (r *Router) openServers() error {
 			Name: sc.Name, Escaper: sc.Escaper, Group: r.plan.groups[sc.UserGroup],
 			SelectionHeader: sc.PathSelectionHeader, ReportEgress: sc.ReportEgress,
 			Limits: httpproxy.Limits{
-				Head: sc.ReqHeaderMaxSize, Fields: sc.ReqHeaderMaxCount, ResponseHead: sc.RspHeaderMaxSize,
+				Head: sc.ReqHeaderMaxSize, Fields: sc.ReqHeaderMaxCount, Target: sc.ReqTargetMaxSize,
+				ResponseHead: sc.RspHeaderMaxSize, ResponseFields: sc.RspHeaderMaxCount,
 			},
 			Timeouts: httpproxy.Timeouts{
-				Idle: sc.PipelineReadIdleTimeout, Head: sc.ReqHeaderRecvTimeout, Response: sc.RspHeaderRecvTimeout,
-				Stall: sc.BodyStallTimeout, TunnelIdle: sc.TunnelIdleTimeout,
+				Idle: sc.PipelineReadIdleTimeout, Head: sc.ReqHeaderRecvTimeout, Auth: sc.AuthTimeout,
+				Response: sc.RspHeaderRecvTimeout, Stall: sc.BodyStallTimeout, Write: sc.SendTimeout, TunnelIdle: sc.TunnelIdleTimeout,
 			},
-			Open:  r.opener(sc.ConnectTimeout),
-			Relay: r.relay, Logger: r.log,
+			Open: r.door.Open, Relay: r.relay, Logger: r.log,
 			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)),
 		})
 		if err != nil {
@@ -206,15 +205,6 @@ func (r *Router) openServers() error {
 		}
 	}
 	return nil
-}
-
-// opener is the door with a server's bound on reaching a target.
-func (r *Router) opener(timeout time.Duration) func(context.Context, *escaper.Request) (*escaper.Conn, error) {
-	return func(ctx context.Context, req *escaper.Request) (*escaper.Conn, error) {
-		ctx, cancel := context.WithTimeout(ctx, timeout)
-		defer cancel()
-		return r.door.Open(ctx, req)
-	}
 }
 
 // closeListeners closes those that no front end serves yet.
