@@ -278,9 +278,9 @@ func TestCountersEqualTheInterfaceUnderLoss(t *testing.T) {
 	}
 }
 
-// lose makes the far end drop one packet of n at random, after the capture on
-// the way in and before it on the way out.
-func lose(t *testing.T, n *lab.NS, one int32) {
+// lose makes the far end drop one packet of so many at random, after the
+// capture on the way in and before it on the way out, until stop is called.
+func lose(t *testing.T, n *lab.NS, one int32) (stop func()) {
 	t.Helper()
 	const next, drop = -1, 2 // TCX_NEXT, TCX_DROP
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
@@ -299,15 +299,24 @@ func lose(t *testing.T, n *lab.NS, one int32) {
 	t.Cleanup(func() { prog.Close() })
 	l, err := n.Netlink().LinkByName("eth0")
 	must(t, err)
+	var links []link.Link
+	stop = func() {
+		for _, l := range links {
+			l.Close()
+		}
+		links = nil
+	}
+	t.Cleanup(stop)
 	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 		must(t, n.Do(func() error {
 			tcx, err := link.AttachTCX(link.TCXOptions{Interface: l.Attrs().Index, Program: prog, Attach: at})
 			if err == nil {
-				t.Cleanup(func() { tcx.Close() })
+				links = append(links, tcx)
 			}
 			return err
 		}))
 	}
+	return stop
 }
 
 // TestCountersUnderGSO compares with what TCP itself says that it sent: the

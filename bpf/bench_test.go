@@ -19,9 +19,10 @@ import (
 func compare(b *testing.B, w *wire, unit string, work func() (rate, cpu float64)) {
 	b.Helper()
 	var rates, ratios, cpus []float64
+	first := 0
 	round := func() (rate, cpu [2]float64) {
-		for i := range 2 {
-			with := (i + b.N) % 2 // each goes first in half of the rounds
+		first = 1 - first // each goes first in half of the rounds
+		for _, with := range []int{first, 1 - first} {
 			dir := w.leaf.parent
 			if with == 1 {
 				dir = w.leaf.Path()

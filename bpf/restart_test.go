@@ -201,6 +201,7 @@ func TestKilledDaemon(t *testing.T) {
 	if err := Clean(pins); !errors.Is(err, ErrLeafBusy) {
 		t.Fatalf("clean while it runs: %v", err)
 	}
+	heal := lose(t, w.far, 1) // the end of the connection goes unanswered
 	must(t, cmd.Process.Kill())
 	in.Close()
 	_ = cmd.Wait() // says that it was killed
@@ -219,6 +220,7 @@ func TestKilledDaemon(t *testing.T) {
 	if c := p.Read(3); c.Made != 1 || c.Open() != 1 {
 		t.Errorf("of the killed daemon's connection is known %+v", c)
 	}
+	heal()
 	w.hold <- struct{}{} // the far side closes too
 	eventually(t, "the kernel has closed the connection", func() bool {
 		c := p.Read(3)

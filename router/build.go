@@ -28,8 +28,9 @@ type plan struct {
 	uplinks   map[string]uplink
 	host      *escaper.Host
 	table     *escaper.Table
-	client    uint32 // mark of listeners and what they accept
-	control   uint32 // mark of the daemon's own traffic
+	client    uint32   // mark of listeners and what they accept
+	control   uint32   // mark of the daemon's own traffic
+	taken     []uint32 // path numbers that the plan before does not have
 }
 
 // uplink is an uplink with its number, which its table and its mark are made
@@ -40,41 +41,84 @@ type uplink struct {
 }
 
 // build makes the parts of a configuration. Nothing is opened; the sysctl of
-// the local ports is read.
-func (r *Router) build(c *config.Config, layout bpf.Layout) (*plan, error) {
+// the local ports is read. What is the same in the plan before, which may be
+// nil, is taken over: resolvers with their caches, the numbers of uplinks and
+// paths.
+func (r *Router) build(c *config.Config, layout bpf.Layout, prior *plan) (_ *plan, err error) {
 	p := &plan{
 		config: c, layout: layout, host: &escaper.Host{},
 		resolvers: map[string]*resolve.Resolver{}, groups: map[string]*auth.Group{}, uplinks: map[string]uplink{},
 	}
-	var err error
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.discard(p, prior))
+		}
+	}()
 	if p.client, err = layout.Mark(bpf.ClassClient, 0, 0); err != nil {
 		return nil, err
 	}
 	if p.control, err = layout.Mark(bpf.ClassControl, 0, 0); err != nil {
 		return nil, err
 	}
-	for i, u := range c.Uplinks {
-		p.uplinks[u.Name] = uplink{u, uint32(i + 1)}
-	}
+	p.numberUplinks(prior)
 	for _, rc := range c.Resolvers {
+		if prior != nil && prior.resolvers[rc.Name] != nil {
+			p.resolvers[rc.Name] = prior.resolvers[rc.Name]
+			continue
+		}
 		p.resolvers[rc.Name] = resolve.New(resolve.Options{Dial: marked(p.control), Log: r.log})
 	}
 	gate := auth.NewGate(0)
 	for _, g := range c.UserGroups {
 		if p.groups[g.Name], err = buildGroup(g, gate); err != nil {
-			return nil, errors.Join(err, p.close())
+			return nil, err
 		}
 	}
-	if err := r.buildEscapers(p); err != nil {
-		return nil, errors.Join(err, p.close())
+	if err := r.buildEscapers(p, prior); err != nil {
+		return nil, err
 	}
 	return p, nil
 }
 
-// close lets go of what build made.
-func (p *plan) close() error {
-	for _, r := range p.resolvers {
-		r.Close()
+// discard lets go of a plan that does not come into force.
+func (r *Router) discard(p, prior *plan) error {
+	errs := []error{p.close(prior)}
+	for _, n := range p.taken {
+		errs = append(errs, r.numbers.Release(n), r.numbers.Free(n))
+	}
+	return errors.Join(errs...)
+}
+
+// numberUplinks keeps the numbers that uplinks have, because their tables and
+// the marks of open sockets hold them, and gives the others the lowest free.
+func (p *plan) numberUplinks(prior *plan) {
+	used := map[uint32]bool{}
+	if prior != nil {
+		for name, u := range prior.uplinks {
+			p.uplinks[name] = u
+			used[u.number] = true
+		}
+	}
+	next := uint32(1)
+	for _, u := range p.config.Uplinks {
+		if _, ok := p.uplinks[u.Name]; ok {
+			continue
+		}
+		for used[next] {
+			next++
+		}
+		p.uplinks[u.Name] = uplink{u, next}
+		used[next] = true
+	}
+}
+
+// close lets go of what build made and the other plan, which may be nil, does
+// not use.
+func (p *plan) close(other *plan) error {
+	for name, r := range p.resolvers {
+		if other == nil || other.resolvers[name] != r {
+			r.Close()
+		}
 	}
 	return nil
 }
@@ -90,7 +134,7 @@ func buildGroup(g config.UserGroup, gate *auth.Gate) (*auth.Group, error) {
 	return auth.NewGroup(g.Name, users, auth.Options{Gate: gate})
 }
 
-func (r *Router) buildEscapers(p *plan) error {
+func (r *Router) buildEscapers(p, prior *plan) error {
 	sockets, err := escaper.NewSockets(0, 0)
 	if err != nil {
 		return err
@@ -113,11 +157,11 @@ func (r *Router) buildEscapers(p *plan) error {
 		if o.Filter, err = escaper.NewFilter(p.host, rules(e.Filter.Allow), rules(e.Filter.Deny)); err != nil {
 			return fmt.Errorf("escaper %s: %w", e.Name, err)
 		}
-		if o.Nodes, err = r.buildNodes(p, e); err != nil {
-			return fmt.Errorf("escaper %s: %w", e.Name, err)
+		if prior != nil {
+			o.Prior = prior.table.Escaper(e.Name)
 		}
-		if t := r.door.Table(); t != nil {
-			o.Prior = t.Escaper(e.Name)
+		if o.Nodes, err = r.buildNodes(p, e, o.Prior); err != nil {
+			return fmt.Errorf("escaper %s: %w", e.Name, err)
 		}
 		d, err := escaper.NewDirect(o)
 		if err != nil {
@@ -139,7 +183,13 @@ func rules(list []config.Rule) []string {
 	return words
 }
 
-func (r *Router) buildNodes(p *plan, e *config.Escaper) ([]escaper.NodeOptions, error) {
+func (r *Router) buildNodes(p *plan, e *config.Escaper, prior *escaper.Direct) ([]escaper.NodeOptions, error) {
+	before := map[string]*escaper.Path{}
+	if prior != nil {
+		for _, path := range prior.Paths() {
+			before[path.ID] = path
+		}
+	}
 	nodes := make([]escaper.NodeOptions, len(e.Nodes))
 	for i, n := range e.Nodes {
 		o := escaper.NodeOptions{
@@ -149,18 +199,27 @@ func (r *Router) buildNodes(p *plan, e *config.Escaper) ([]escaper.NodeOptions, 
 		if !o.V4.IsValid() && !o.V6.IsValid() {
 			o.Unbound = selection.V4 | selection.V6
 		}
-		number, err := r.numbers.Take()
-		if err != nil {
+		var err error
+		if old := before[n.ID]; old != nil && samePath(old.NodeOptions, o) {
+			o.Number = old.Number
+		} else if o.Number, err = r.numbers.Take(); err != nil {
+			return nil, fmt.Errorf("node %s: %w", n.ID, err)
+		} else {
+			p.taken = append(p.taken, o.Number)
+		}
+		if o.Mark, err = p.layout.Mark(bpf.ClassPath, p.uplinks[n.Uplink].number, o.Number); err != nil {
 			return nil, fmt.Errorf("node %s: %w", n.ID, err)
 		}
-		up := p.uplinks[n.Uplink]
-		if o.Mark, err = p.layout.Mark(bpf.ClassPath, up.number, number); err != nil {
-			return nil, fmt.Errorf("node %s: %w", n.ID, err)
-		}
-		o.Number = number
 		nodes[i] = o
 	}
 	return nodes, nil
+}
+
+// samePath says whether two paths are one: then its number, its connections and
+// its counters go on.
+func samePath(a, b escaper.NodeOptions) bool {
+	a.Number, a.Mark, a.Weight = b.Number, b.Mark, b.Weight
+	return a == b
 }
 
 // marked makes a dial function whose sockets carry a mark.

@@ -37,7 +37,7 @@ func CheckConfig(c *config.Config) error {
 	if err != nil {
 		return err
 	}
-	return r.plan.close()
+	return r.plan.close(nil)
 }
 
 // CheckHost says what the host lacks for a configuration, a sentence each. It

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"wayout/bpf"
@@ -59,11 +60,12 @@ func netLayout(c *config.Config, mask uint32) netcfg.Layout {
 	return l
 }
 
-// want is the state of the network that the configuration asks for.
-func (p *plan) want() (netcfg.Want, error) {
+// want is the state of the network that the configuration asks for, with the
+// addresses of paths that are on their way out.
+func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 	w := netcfg.Want{Layout: netLayout(p.config, p.layout.Mask)}
 	addrs := map[string][]netip.Addr{}
-	for _, path := range p.table.Paths() {
+	for _, path := range slices.Concat(p.table.Paths(), leaving) {
 		if path.Uplink == "" {
 			continue
 		}
@@ -91,10 +93,10 @@ func (p *plan) want() (netcfg.Want, error) {
 	return w, nil
 }
 
-// openKernel takes the daemon's number spaces, makes the network as wished and
-// attaches counters and guard. It runs before the first socket is made: a
-// socket stays in the cgroup that it was made in.
-func (r *Router) openKernel(ctx context.Context) (err error) {
+// openKernel takes the daemon's number spaces and attaches counters and guard.
+// It runs before the first socket is made: a socket stays in the cgroup that
+// it was made in.
+func (r *Router) openKernel() (err error) {
 	k := &kernel{guards: map[uint32]bpf.Guard{}}
 	r.kernel = k
 	defer func() {
@@ -113,7 +115,7 @@ func (r *Router) openKernel(ctx context.Context) (err error) {
 	} else if err = r.loadPrograms(); err != nil {
 		return fmt.Errorf("counters and guard (accounting: off is the only way to run without): %w", err)
 	}
-	return r.applyNetwork(ctx)
+	return nil
 }
 
 func (r *Router) loadPrograms() (err error) {
@@ -215,8 +217,9 @@ func clean(k *netcfg.Netlink, l netcfg.Layout, log *slog.Logger) error {
 }
 
 // watch follows the kernel's network state until the function it returns is
-// called. The paths have their states when it returns.
-func (r *Router) watch(ctx context.Context) (stop func(), err error) {
+// called, and lets go of what reloads have left behind. The paths have their
+// states when it returns.
+func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 	// Not ended by the signal that stops the daemon: paths have to go on
 	// knowing their state while it drains.
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -225,9 +228,25 @@ func (r *Router) watch(ctx context.Context) (stop func(), err error) {
 		cancel()
 		return nil, err
 	}
-	return func() {
+	swept := make(chan struct{})
+	go func() {
+		defer close(swept)
+		tick := time.NewTicker(sweepEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				r.sweep()
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return func() error {
 		cancel()
 		<-w.Done()
+		<-swept
+		return nil
 	}, nil
 }
 
@@ -259,7 +278,7 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 		index[l.Name] = uint32(l.Index)
 	}
 	var changed []bpf.Entry
-	for _, path := range p.table.Paths() {
+	for _, path := range slices.Concat(p.table.Paths(), r.leaving) {
 		var g bpf.Guard
 		if device := p.device(path); device != "" {
 			g.IfIndex = noInterface

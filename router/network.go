@@ -32,7 +32,7 @@ func withNetwork(c *config.Config, do func(*netcfg.Netlink, netcfg.Plan) error) 
 	if err != nil {
 		return Changes{}, err
 	}
-	defer func() { err = errors.Join(err, r.plan.close()) }()
+	defer func() { err = errors.Join(err, r.plan.close(nil)) }()
 	return diffNetwork(r.want, do)
 }
 

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -49,11 +50,18 @@ type Router struct {
 	servers   []*server
 	socket    *control.Socket
 	monitor   *control.Monitor
+	monitorAt netip.AddrPort
 	ready     atomic.Bool
 
-	mu         sync.Mutex // orders what the kernel's events change
+	mu         sync.Mutex // orders what the kernel's events and reloads change
 	hadDefault map[netcfg.Family]bool
 	kernel     *kernel
+	leaving    []*escaper.Path // taken away by a reload, with connections left
+
+	serving  sync.WaitGroup // front ends that accept
+	draining sync.WaitGroup // front ends that a reload has replaced
+	failed   chan error
+	cut      context.Context // ends when the daemon cuts what does not end by itself
 }
 
 // server is a front end with its listeners.
@@ -80,17 +88,13 @@ func New(o Options) (*Router, error) {
 		return nil, fmt.Errorf("netcfg.mark_mask: %w", err)
 	}
 	r.numbers = bpf.NewNumbers(layout.MaxPath())
-	if r.plan, err = r.build(o.Config, layout); err != nil {
+	if r.plan, err = r.build(o.Config, layout, nil); err != nil {
 		return nil, err
 	}
-	if r.want, err = r.plan.want(); err != nil {
-		return nil, errors.Join(err, r.plan.close())
+	if r.want, err = r.plan.want(nil); err != nil {
+		return nil, errors.Join(err, r.plan.close(nil))
 	}
-	names := make([]string, len(o.Config.Servers))
-	for i := range o.Config.Servers {
-		names[i] = o.Config.Servers[i].Name
-	}
-	r.counters = control.NewCounters(names)
+	r.counters = control.NewCounters()
 	r.collector = control.NewCollector(r.counters, r.Paths, r.unmarkedDrops, r.accounted)
 	return r, nil
 }
@@ -107,50 +111,60 @@ func newLogger(w io.Writer, c config.Log) *slog.Logger {
 // it put up. now cuts the draining short. The error is nil after a stop that
 // was asked for.
 func (r *Router) Run(ctx, now context.Context) (err error) {
-	defer func() { err = errors.Join(err, r.plan.close()) }()
+	var done []func() error // what to undo, the last first
+	defer func() {
+		for _, f := range slices.Backward(done) {
+			err = errors.Join(err, f())
+		}
+	}()
+	done = append(done, func() error { return r.plan.close(nil) })
 	c := r.o.Config
 	l, err := control.Listen(c.Control.Socket)
 	if err != nil {
 		return err
 	}
+	r.failed = make(chan error, 1)
 	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Version: r.o.Version})
-	failed := make(chan error, 2+len(c.Servers))
-	go func() { failed <- r.socket.Serve() }()
-	defer func() { err = errors.Join(err, r.socket.Close()) }()
+	go func() { r.fail(r.socket.Serve()) }()
+	done = append(done, r.socket.Close)
 
-	if err := r.openKernel(ctx); err != nil {
+	if err := r.openKernel(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, r.closeKernel()) }()
+	done = append(done, r.closeKernel)
+	if c.Metrics.Listen.IsValid() {
+		l, err := listen(c.Metrics.Listen, r.plan.client, false)
+		if err != nil {
+			return err
+		}
+		r.monitor = control.NewMonitor(r.collector, r.Paths, r.ready.Load)
+		r.monitorAt = l.Addr().(*net.TCPAddr).AddrPort()
+		go func() { r.fail(r.monitor.Serve(l)) }()
+		done = append(done, r.monitor.Close)
+		r.log.Info("metrics", "listen", r.monitorAt)
+	}
+	if err := r.applyNetwork(ctx); err != nil {
+		return err
+	}
 	if r.relay, err = relay.New(relay.Options{Logger: r.log}); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, r.relay.Close()) }()
-	if err := r.openServers(); err != nil {
-		return errors.Join(err, r.closeListeners())
+	done = append(done, r.relay.Close)
+	if r.servers, err = r.openServers(r.plan, nil); err != nil {
+		return errors.Join(err, closeListeners(r.servers))
 	}
 	stopWatch, err := r.watch(ctx)
 	if err != nil {
-		return errors.Join(err, r.closeListeners())
+		return errors.Join(err, closeListeners(r.servers))
 	}
-	defer stopWatch()
+	done = append(done, stopWatch)
 	r.door.Swap(r.plan.table)
-	defer r.door.Swap(nil)
-	if c.Metrics.Listen.IsValid() {
-		ml, err := listen(c.Metrics.Listen, r.plan.client, false)
-		if err != nil {
-			return errors.Join(err, r.closeListeners())
-		}
-		r.monitor = control.NewMonitor(r.collector, r.Paths, r.ready.Load)
-		go func() { failed <- r.monitor.Serve(ml) }()
-		defer func() { err = errors.Join(err, r.monitor.Close()) }()
-		r.log.Info("metrics", "listen", ml.Addr().String())
-	}
+	done = append(done, func() error { r.door.Swap(nil); return nil })
+	cut, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	r.cut = cut
 	for _, s := range r.servers {
-		for _, l := range s.listeners {
-			go func() { failed <- s.front.Serve(l) }()
-			r.log.Info("listening", "server", s.conf.Name, "type", s.conf.Type, "listen", l.Addr().String(), "escaper", s.conf.Escaper)
-		}
+		r.serve(s)
 	}
 	r.ready.Store(true)
 	r.notify("READY=1")
@@ -158,13 +172,34 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 
 	select {
 	case <-ctx.Done():
-	case err = <-failed:
+	case err = <-r.failed:
 	}
+	r.mu.Lock() // a reload under way ends first, none begins after
 	r.ready.Store(false)
+	servers := r.servers
+	r.mu.Unlock()
 	r.notify("STOPPING=1")
 	r.log.Info("stopping")
-	r.shutdown(now)
+	drain, stop := context.WithTimeout(now, r.plan.config.DrainTimeout)
+	defer stop()
+	context.AfterFunc(drain, cancel)
+	r.stopServers(drain, servers)
+	r.draining.Wait()
+	r.serving.Wait()
 	return err
+}
+
+// fail ends Run with the error of one of its parts; without one it was told to
+// end.
+func (r *Router) fail(err error) {
+	if err == nil {
+		return
+	}
+	select {
+	case r.failed <- err:
+	default: // one is enough to stop
+		r.log.Error("a part of the daemon failed", "err", err)
+	}
 }
 
 func (r *Router) notify(state string) {
@@ -173,12 +208,15 @@ func (r *Router) notify(state string) {
 	}
 }
 
-// openServers builds the front ends and binds their listeners.
-func (r *Router) openServers() error {
-	for i := range r.o.Config.Servers {
-		sc := &r.o.Config.Servers[i]
+// openServers builds a plan's front ends and binds their listeners. A listener
+// that one of the old servers has is shared with it, so that no connection is
+// lost between the two.
+func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
+	var all []*server
+	for i := range p.config.Servers {
+		sc := &p.config.Servers[i]
 		front, err := httpproxy.New(httpproxy.Options{
-			Name: sc.Name, Escaper: sc.Escaper, Group: r.plan.groups[sc.UserGroup],
+			Name: sc.Name, Escaper: sc.Escaper, Group: p.groups[sc.UserGroup],
 			SelectionHeader: sc.PathSelectionHeader, ReportEgress: sc.ReportEgress,
 			Limits: httpproxy.Limits{
 				Head: sc.ReqHeaderMaxSize, Fields: sc.ReqHeaderMaxCount, Target: sc.ReqTargetMaxSize,
@@ -192,25 +230,72 @@ func (r *Router) openServers() error {
 			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)),
 		})
 		if err != nil {
-			return fmt.Errorf("server %s: %w", sc.Name, err)
+			return all, fmt.Errorf("server %s: %w", sc.Name, err)
 		}
 		s := &server{conf: sc, front: front}
-		r.servers = append(r.servers, s)
+		all = append(all, s)
 		for _, at := range sc.Listen {
-			l, err := listen(at, r.plan.client, true)
+			l, err := share(old, at)
+			if err == nil && l == nil {
+				l, err = listen(at, p.client, true)
+			}
 			if err != nil {
-				return fmt.Errorf("server %s: %w", sc.Name, err)
+				return all, fmt.Errorf("server %s: %w", sc.Name, err)
 			}
 			s.listeners = append(s.listeners, l)
 		}
 	}
-	return nil
+	return all, nil
+}
+
+// share gives a second handle of the listener that an old server has at an
+// address, nil when none has. Port 0 asks for a port of its own each time.
+func share(old []*server, at netip.AddrPort) (*net.TCPListener, error) {
+	for _, s := range old {
+		for i, l := range s.listeners {
+			if s.conf.Listen[i] != at || at.Port() == 0 {
+				continue
+			}
+			f, err := l.File()
+			if err != nil {
+				return nil, fmt.Errorf("share the listener on %s: %w", at, err)
+			}
+			defer f.Close()
+			dup, err := net.FileListener(f)
+			if err != nil {
+				return nil, fmt.Errorf("share the listener on %s: %w", at, err)
+			}
+			return dup.(*net.TCPListener), nil
+		}
+	}
+	return nil, nil //nolint:nilnil // documented: nobody listens there
+}
+
+// serve lets a front end accept.
+func (r *Router) serve(s *server) {
+	for _, l := range s.listeners {
+		r.serving.Go(func() { r.fail(s.front.Serve(l)) })
+		r.log.Info("listening", "server", s.conf.Name, "type", s.conf.Type, "listen", l.Addr().String(), "escaper", s.conf.Escaper)
+	}
+}
+
+// stopServers drains front ends side by side, until ctx ends.
+func (r *Router) stopServers(ctx context.Context, servers []*server) {
+	var wg sync.WaitGroup
+	for _, s := range servers {
+		wg.Go(func() {
+			if err := s.front.Shutdown(ctx); err != nil {
+				r.log.Warn("connections cut", "server", s.conf.Name, "err", err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // closeListeners closes those that no front end serves yet.
-func (r *Router) closeListeners() error {
+func closeListeners(servers []*server) error {
 	var errs []error
-	for _, s := range r.servers {
+	for _, s := range servers {
 		for _, l := range s.listeners {
 			errs = append(errs, l.Close())
 		}
@@ -227,25 +312,10 @@ func (r *Router) listening() []netip.AddrPort {
 			all = append(all, l.Addr().(*net.TCPAddr).AddrPort())
 		}
 	}
-	if m := r.o.Config.Metrics.Listen; m.IsValid() {
-		all = append(all, m)
+	if r.monitorAt.IsValid() {
+		all = append(all, r.monitorAt)
 	}
 	return all
-}
-
-// shutdown drains all front ends side by side.
-func (r *Router) shutdown(now context.Context) {
-	ctx, cancel := context.WithTimeout(now, r.o.Config.DrainTimeout)
-	defer cancel()
-	var wg sync.WaitGroup
-	for _, s := range r.servers {
-		wg.Go(func() {
-			if err := s.front.Shutdown(ctx); err != nil {
-				r.log.Warn("connections cut", "server", s.conf.Name, "err", err)
-			}
-		})
-	}
-	wg.Wait()
 }
 
 // drain takes a path out of use for new connections, or gives it back.

@@ -48,15 +48,31 @@ func serve(e *env, args []string) error {
 	now, cut := context.WithCancel(context.Background())
 	defer cut()
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	defer signal.Stop(signals)
 	go func() {
-		<-signals
-		stop()
-		<-signals
-		cut()
+		for s := range signals {
+			switch {
+			case s == unix.SIGHUP:
+				reload(r, f)
+			case ctx.Err() == nil:
+				stop()
+			default:
+				cut()
+			}
+		}
 	}()
 	return r.Run(ctx, now)
+}
+
+// reload reads the configuration again. What is wrong with it is logged, and
+// the daemon goes on as it was.
+func reload(r *router.Router, f *flags) {
+	c, err := f.loadConfig()
+	if err == nil && c == nil {
+		c, err = router.FindConfig()
+	}
+	r.Reload(c, err)
 }
 
 // printFoundConfig prints what the daemon goes by without a configuration.

@@ -164,7 +164,6 @@ func (d *decoder) selectionValue(p *place) (selection.Value, bool) {
 
 // checkUsers looks up what the operator's maps name, and makes the matchers of allow_path.
 func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper) {
-	pools := make(map[*Escaper]*selection.Pool)
 	for i := range c.UserGroups {
 		users := c.UserGroups[i].Users
 		names(d, users, func(u *User) string { return u.Name })
@@ -178,13 +177,13 @@ func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper) {
 				u.Allow, _ = selection.ParseGlobs(u.AllowPath) // each one was parsed before
 			}
 			for _, entry := range u.EgressPath {
-				d.checkEntry(d.find(p, "egress_path", "egress_path_id_map"), entry, escapers, pools)
+				d.checkEntry(d.find(p, "egress_path", "egress_path_id_map"), entry, escapers)
 			}
 		}
 	}
 }
 
-func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[string]*Escaper, pools map[*Escaper]*selection.Pool) {
+func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[string]*Escaper) {
 	at := &place{up: p, key: entry.Escaper}
 	line := p.node.Line
 	if v := d.find(p, entry.Escaper); v != nil {
@@ -195,16 +194,8 @@ func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[strin
 		d.failGot(at, line, entry.Escaper, "no escaper has this name")
 		return
 	}
-	have, ok := pools[e]
-	if !ok {
-		have = pool(e)
-		pools[e] = have
-	}
-	if have == nil || have.Len() == 0 {
-		return // its own mistakes were reported
-	}
-	if _, _, _, err := have.Resolve(entry.Value); err != nil {
-		d.failGot(at, line, entry.Value.String(), "is no node of escaper %s (1 to %d by index, or an ID or address)", e.Name, have.Len())
+	if b := d.builders[e]; b != nil && !b.selects(entry.Value) {
+		d.failGot(at, line, entry.Value.String(), "is no node of escaper %s (1 to %d by index, or an ID or address)", e.Name, len(e.Nodes))
 	}
 }
 

@@ -200,7 +200,7 @@ type Server struct {
 
 	ReqHeaderMaxSize  int `key:"req_header_max_size" type:"size" default:"64KiB" min:"1KiB" max:"1MiB" meaning:"The longest head of a request; over it: 431."`
 	ReqHeaderMaxCount int `key:"req_header_max_count" type:"number" default:"200" min:"8" max:"4096" meaning:"The most header fields in a request; over it: 431."`
-	ReqTargetMaxSize  int `key:"req_target_max_size" type:"size" default:"16KiB" min:"256" max:"1MiB" meaning:"The longest request target (URL); over it: 414."`
+	ReqTargetMaxSize  int `key:"req_target_max_size" type:"size" default:"16KiB" min:"256" max:"1MiB" meaning:"The longest request target (URL)."`
 	RspHeaderMaxSize  int `key:"rsp_header_max_size" type:"size" default:"256KiB" min:"1KiB" max:"4MiB" meaning:"The longest head of a response; over it: 502."`
 	RspHeaderMaxCount int `key:"rsp_header_max_count" type:"number" default:"1000" min:"8" max:"16384" meaning:"The most header fields in a response; over it: 502."`
 

@@ -57,17 +57,18 @@ const (
 // A decoder reads one file. It goes on after a mistake: what is wrong keeps its default, so that later checks are about
 // what the file says.
 type decoder struct {
-	file    string
-	errs    Errors
-	tables  map[reflect.Type]*table
-	kinds   map[string]kind
-	places  map[any]*place // of each struct but nodes, by pointer
-	specs   map[*[]Node][]nodeSpec
-	refs    []ref
-	skipped map[any]bool // structs of a type that is not supported yet
-	aliased int
-	nodes   int
-	spent   bool // one of the bounds was reached, and that was said
+	file     string
+	errs     Errors
+	tables   map[reflect.Type]*table
+	kinds    map[string]kind
+	places   map[any]*place // of each struct but nodes, by pointer
+	specs    map[*[]Node][]nodeSpec
+	refs     []ref
+	builders map[*Escaper]*builder
+	skipped  map[any]bool // structs of a type that is not supported yet
+	aliased  int
+	nodes    int
+	spent    bool // one of the bounds was reached, and that was said
 }
 
 func newDecoder(file string) *decoder {
@@ -78,7 +79,8 @@ func newDecoder(file string) *decoder {
 		places: make(map[any]*place),
 		specs:  make(map[*[]Node][]nodeSpec),
 
-		skipped: make(map[any]bool),
+		skipped:  make(map[any]bool),
+		builders: make(map[*Escaper]*builder),
 	}
 }
 

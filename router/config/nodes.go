@@ -171,6 +171,11 @@ type builder struct {
 	ids     map[string]*place     // whose ID it is
 	owner   map[netip.Addr]*place // whose address it is
 	pinned  bool                  // a contradiction of the escaper's own pins was reported
+
+	// What could not be read of the nodes: a selection is not held against them then.
+	lostID, lostAddr bool
+	broken           bool // the indexes are not what they will be
+	pool             *selection.Pool
 }
 
 // buildNodes makes e.Nodes of nodes, bind_ip or interface.
@@ -183,9 +188,11 @@ func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
 		d: d, e: e, at: p, uplinks: uplinks,
 		ids: make(map[string]*place, n), owner: make(map[netip.Addr]*place, n),
 	}
+	d.builders[e] = b
 	switch {
 	case nodes != nil && bind != nil:
 		d.fail(bind, "give nodes or bind_ip, not both")
+		b.lostID, b.lostAddr = true, true
 	case nodes != nil:
 		e.Nodes = make([]Node, 0, n)
 		for i := range specs {
@@ -201,7 +208,7 @@ func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
 			id = "default"
 		}
 		if up, iface := b.pins(&nodeSpec{}, p); d.room(p, 1) {
-			e.Nodes = []Node{{ID: id, Interface: iface, Uplink: up, Weight: 1}}
+			b.add(&Node{ID: id, Interface: iface, Uplink: up, Weight: 1}, p, p, p)
 		}
 	case d.find(p, "interface") == nil && e.Type != "":
 		d.failMissing(p, "nodes", "is required, or else bind_ip or interface")
@@ -242,18 +249,35 @@ func (b *builder) spec(s *nodeSpec) {
 	at4, at6 := d.find(at, "ipv4"), d.find(at, "ipv6")
 	n4, n6 := s.IPv4.len(), s.IPv6.len()
 	uplink, iface := b.pins(s, at)
+	lostAddr := at4 != nil && n4 == 0 || at6 != nil && n6 == 0
+	lostID := s.ID == "" && (lostAddr || d.find(at, "id") != nil)
+	b.lostAddr, b.lostID = b.lostAddr || lostAddr, b.lostID || lostID
 	switch {
-	case at4 != nil && n4 == 0, at6 != nil && n6 == 0, d.find(at, "id") != nil && s.ID == "":
-		return // said already
+	case lostAddr || lostID:
+		// Said already. What is known of the node is still not to be said missing.
+		b.broken = true
+		if s.ID != "" {
+			b.ids[s.ID] = at
+		}
+		for _, a := range [...]netip.Addr{s.IPv4.first, s.IPv6.first} {
+			if a.IsValid() {
+				b.owner[a] = at
+			}
+		}
+		return
 	case n4 == 0 && n6 == 0 && iface == "":
+		b.broken, b.lostID = true, b.lostID || s.ID == ""
+		b.ids[s.ID] = at
 		if d.find(at, "interface") == nil {
 			d.failMissing(at, "ipv4", "is required, or else ipv6 or interface")
 		}
 		return
 	case n4 == 0 && n6 == 0 && s.ID == "":
+		b.broken, b.lostID = true, true
 		d.failMissing(at, "id", "is required for a node without an address")
 		return
 	case n4 > 0 && n6 > 0 && n4 != n6:
+		b.broken, b.lostID, b.lostAddr = true, true, true
 		d.fail(at6, "%d addresses beside %d in ipv4: they have to be as many", n6, n4)
 		return
 	}
@@ -317,11 +341,13 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 	if first := b.ids[n.ID]; first != nil && first != at {
 		if id := b.d.find(at, "id"); id != nil {
 			b.d.fail(id, "is the ID of the node on line %d too", first.node.Line)
+			b.claim(n, at)
 			return false
 		}
 		// The ID is the address, so that the address is a second one too, unless the other was called so by hand.
 		if b.owner[n.IPv4] == nil && b.owner[n.IPv6] == nil {
 			b.d.failGot(at, at.node.Line, n.ID, "its address is the ID of the node on line %d", first.node.Line)
+			b.claim(n, at)
 			return false
 		}
 	}
@@ -343,8 +369,19 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 		}
 	}
 	b.ids[n.ID] = at
+	b.broken = b.broken || !ok
 	b.e.Nodes = append(b.e.Nodes, *n)
 	return ok
+}
+
+// claim notes the addresses of a node that is refused for its ID.
+func (b *builder) claim(n *Node, at *place) {
+	b.broken = true
+	for _, a := range [...]netip.Addr{n.IPv4, n.IPv6} {
+		if a.IsValid() && b.owner[a] == nil {
+			b.owner[a] = at
+		}
+	}
 }
 
 // addressIDs refuses IDs that are another node's address.
@@ -369,16 +406,27 @@ func (b *builder) addressIDs(specs []nodeSpec) {
 	}
 }
 
-// pool is the escaper's nodes as the selection sees them; nil when they have mistakes.
-func pool(e *Escaper) *selection.Pool {
-	nodes := make([]selection.Node, len(e.Nodes))
-	for i := range e.Nodes {
-		n := &e.Nodes[i]
-		nodes[i] = selection.Node{ID: n.ID, V4: n.IPv4, V6: n.IPv6, Weight: n.Weight}
+// selects says whether a selection of this escaper names one of its nodes, as far as the nodes could be read.
+func (b *builder) selects(v selection.Value) bool {
+	if b.pool == nil && !b.broken {
+		nodes := make([]selection.Node, len(b.e.Nodes))
+		for i := range b.e.Nodes {
+			n := &b.e.Nodes[i]
+			nodes[i] = selection.Node{ID: n.ID, V4: n.IPv4, V6: n.IPv6, Weight: n.Weight}
+		}
+		p, err := selection.NewPool(nodes, selection.Options{StrictIndex: b.e.StrictIndex})
+		b.pool, b.broken = p, err != nil
 	}
-	p, err := selection.NewPool(nodes, selection.Options{StrictIndex: e.StrictIndex})
-	if err != nil {
-		return nil
+	if !b.broken {
+		_, _, _, err := b.pool.Resolve(v)
+		return err == nil
 	}
-	return p
+	id := v.String()
+	if strings.Trim(id, "0123456789") == "" || b.ids[id] != nil {
+		return true // perhaps an index
+	}
+	if a, err := netip.ParseAddr(id); err == nil {
+		return b.lostAddr || b.owner[a.Unmap()] != nil
+	}
+	return b.lostID || b.lostAddr && strings.Contains(id, "/")
 }

@@ -156,7 +156,8 @@ func TestDefaults(t *testing.T) {
 func TestZeroConfiguration(t *testing.T) {
 	c := config.Default([]netip.Addr{
 		addr("198.51.100.11"), addr("2001:db8::5"), addr("::ffff:198.51.100.12"), addr("198.51.100.11"),
-		{}, addr("fe80::1%eth0"), addr("224.0.0.1"), addr("0.0.0.0"),
+		{},
+		addr("fe80::1%eth0"), addr("224.0.0.1"), addr("0.0.0.0"),
 	})
 	want := []config.Node{
 		{ID: "198.51.100.11", IPv4: addr("198.51.100.11"), Weight: 1},

@@ -101,7 +101,7 @@ func yamlMessage(err error) string {
 // too low for what its parser (not its scanner) finds, and for a fault of indentation it names the line where the whole
 // block begins.
 func yamlLine(data []byte, err error) int {
-	total := bytes.Count(data, []byte("\n")) + 1
+	total := bytes.Count(bytes.TrimRight(data, "\r\n"), []byte("\n")) + 1
 	msg := yamlMessage(err)
 	line := 1
 	if m := regexp.MustCompile(`^yaml: line (\d+): `).FindStringSubmatch(err.Error()); m != nil {

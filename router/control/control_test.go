@@ -190,7 +190,7 @@ func TestNoDaemonIsSaidInASentence(t *testing.T) {
 }
 
 func newCollector(accounted bool) *Collector {
-	c := NewCounters([]string{"web"})
+	c := NewCounters()
 	c.Server("web").Request(200)
 	c.Server("web").Request(503)
 	c.Server("web").Request(503)

@@ -2,6 +2,7 @@ package control
 
 import (
 	"strconv"
+	"sync"
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,7 +19,8 @@ const (
 // Counters are the request counters of the daemon. They are plain atomics and
 // not a CounterVec, because they stand on the request path: no lock, no map.
 type Counters struct {
-	servers   map[string]*ServerCounters // fixed when made
+	mu        sync.Mutex // of servers, which only loading a configuration changes
+	servers   map[string]*ServerCounters
 	selection [sources]resultCounters
 	reloadOK  atomic.Uint64
 	reloadErr atomic.Uint64
@@ -60,18 +62,21 @@ type ServerCounters struct {
 	authFailures atomic.Uint64
 }
 
-// NewCounters makes counters for the named servers.
-func NewCounters(servers []string) *Counters {
-	c := &Counters{servers: make(map[string]*ServerCounters, len(servers))}
-	for _, s := range servers {
-		c.servers[s] = &ServerCounters{}
-	}
-	return c
-}
+// NewCounters makes counters, all zero.
+func NewCounters() *Counters { return &Counters{servers: map[string]*ServerCounters{}} }
 
-// Server gives the counters of a front end, to be kept by it; nil for a name
-// that NewCounters was not told.
-func (c *Counters) Server(name string) *ServerCounters { return c.servers[name] }
+// Server gives the counters of a front end, to be kept by it: the same ones
+// whenever the name is the same.
+func (c *Counters) Server(name string) *ServerCounters {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.servers[name]
+	if s == nil {
+		s = &ServerCounters{}
+		c.servers[name] = s
+	}
+	return s
+}
 
 // Request counts a request that ended with this HTTP status, or its
 // equivalent in another protocol.
@@ -182,6 +187,8 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	if kernel && c.unmarked != nil {
 		counter(c.guard, c.unmarked(), "", "")
 	}
+	c.counters.mu.Lock()
+	defer c.counters.mu.Unlock()
 	for name, s := range c.counters.servers {
 		counter(c.auth, s.authFailures.Load(), name)
 		for code := range s.codes {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -47,8 +48,8 @@ func TestManyPerPort(t *testing.T) {
 		}
 	}()
 	var last *origin
-	for range destinations {
-		last = listen(t, "127.0.0.1:0").hold(t)
+	for i := range destinations {
+		last = listen(t, "127.0.0.1:"+strconv.Itoa(20001+i)).hold(t) // outside the range
 		for range ports {
 			c, err := d.Open(context.Background(), request(literal(last.addr), byClient(pathID("a"))))
 			if err != nil {
@@ -226,6 +227,15 @@ func TestConnectErrors(t *testing.T) {
 // whose queue is full.
 func blackhole(t *testing.T, at string) netip.AddrPort {
 	t.Helper()
+	a, _ := fullListener(t, at)
+	return a
+}
+
+// fullListener is blackhole; its second result makes room in the queue, so
+// that the next connection request (Linux repeats one after a second) is
+// answered.
+func fullListener(t *testing.T, at string) (netip.AddrPort, func()) {
+	t.Helper()
 	want := netip.MustParseAddrPort(at)
 	domain, sa := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(want.Port()), Addr: [4]byte{127, 0, 0, 1}})
 	if want.Addr().Is6() {
@@ -251,12 +261,18 @@ func blackhole(t *testing.T, at string) netip.AddrPort {
 	for range 8 {
 		c, err := net.DialTimeout("tcp", a.String(), 100*time.Millisecond)
 		if err != nil {
-			return a
+			return a, func() {
+				n, _, err := unix.Accept(fd)
+				if err != nil {
+					t.Error(err)
+				}
+				_ = unix.Close(n)
+			}
 		}
 		t.Cleanup(func() { _ = c.Close() })
 	}
 	t.Fatal("the listener's queue does not fill")
-	return a
+	return a, nil
 }
 
 func dup(t *testing.T, fd int) *os.File {
@@ -430,6 +446,63 @@ func TestCancelledRace(t *testing.T) {
 		t.Errorf("after %v: %v", time.Since(start), err)
 	}
 	if c := d.Table().Path("out/a").Counters(); c.Open != 0 || c.Attempts[escaper.ResultOK] != 0 {
+		t.Errorf("counters %+v", c)
+	}
+}
+
+// TestLateFamily: an answer that has come for one family only does not decide
+// alone, when no connection comes of it.
+func TestLateFamily(t *testing.T) {
+	six := listen(t, "[::1]:0").hold(t)
+	n := &names{
+		hosts: map[string]resolve.Answer{
+			"late.example":   {V4: addrs("127.0.0.1"), Pending: selection.V6},
+			"never.example":  {V4: addrs("127.0.0.1"), Pending: selection.V6},
+			"denied.example": {V4: addrs("127.0.0.1"), Pending: selection.V6},
+		},
+		late: map[string][]netip.Addr{"late.example": addrs("::1"), "denied.example": addrs("fe80::1")},
+	}
+	d := door(t, direct(t, escaper.Options{Resolver: n, Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), V6: addr("::1"), Weight: 1}}}))
+	to := func(host string) *escaper.Request {
+		return request(escaper.Target{Host: host, Port: six.addr.Port()}, selection.Selection{})
+	}
+	c, err := d.Open(context.Background(), to("late.example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if six.next(t) != c.Source {
+		t.Errorf("left from %s", c.Source)
+	}
+	_ = c.Close()
+	for _, host := range []string{"never.example", "denied.example"} {
+		if _, err := d.Open(context.Background(), to(host)); !errors.Is(err, escaper.ErrRefused) {
+			t.Errorf("%s: %v", host, err)
+		}
+	}
+}
+
+// TestCloseRace: when attempts connect at the same time, one is kept.
+func TestCloseRace(t *testing.T) {
+	o := listen(t, "127.0.0.1:0").hold(t)
+	n := &names{hosts: map[string]resolve.Answer{"www.example": {V4: addrs("127.0.0.1", "127.0.0.1", "127.0.0.1", "127.0.0.1")}}}
+	d := door(t, direct(t, escaper.Options{Resolver: n, AttemptDelay: 1, Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), Weight: 1}}}))
+	p := d.Table().Path("out/a")
+	for range 300 {
+		c, err := d.Open(context.Background(), request(escaper.Target{Host: "www.example", Port: o.addr.Port()}, selection.Selection{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.TCP.Write([]byte("x")); err != nil {
+			t.Fatalf("the winner: %v", err)
+		}
+		_ = c.Close()
+	}
+	for end := time.Now().Add(5 * time.Second); p.Counters().Open != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("losers are left open: %+v", p.Counters())
+		}
+	}
+	if c := p.Counters(); c.Attempts[escaper.ResultOK] < 300 || c.Failed() != 0 {
 		t.Errorf("counters %+v", c)
 	}
 }

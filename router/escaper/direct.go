@@ -201,7 +201,7 @@ func (p *Path) unknown(now time.Time) *state {
 	s := &state{since: now}
 	for _, f := range [...]selection.Family{selection.V4, selection.V6} {
 		if p.Given()&f != 0 {
-			*s.side(f) = side{cond: Probing, reason: f.String() + " has not been looked at yet"}
+			s.side(f).cond = Probing
 		}
 	}
 	return s

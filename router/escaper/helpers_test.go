@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -32,6 +33,7 @@ func addrs(list ...string) []netip.Addr {
 type names struct {
 	mu    sync.Mutex
 	hosts map[string]resolve.Answer
+	late  map[string][]netip.Addr // IPv6 addresses that come only when asked for alone
 	errs  map[string]error
 	asked []string
 }
@@ -44,14 +46,15 @@ func (n *names) Lookup(_ context.Context, host string, want selection.Family) (r
 		return resolve.Answer{}, err
 	}
 	a := n.hosts[host]
+	if want != selection.V4|selection.V6 {
+		a.Pending = 0 // a family asked for alone is waited for
+		a.V6 = append(slices.Clone(a.V6), n.late[host]...)
+	}
 	if want&selection.V4 == 0 {
 		a.V4 = nil
 	}
 	if want&selection.V6 == 0 {
 		a.V6 = nil
-	}
-	if want != selection.V4|selection.V6 {
-		a.Pending = 0 // a family asked for alone is waited for
 	}
 	if len(a.V4)+len(a.V6) == 0 && a.Pending == 0 {
 		return resolve.Answer{}, &resolve.Error{Host: host, Kind: resolve.ErrNoData}

@@ -34,12 +34,19 @@ func (p *Path) familyError(f selection.Family) error {
 
 func (c *choice) familyError(r *Request, f selection.Family) error {
 	if r.Choice.Source == selection.SourcePolicy {
-		return selection.Refuse(ErrNoPath, "escaper %s: no path is up for %s", c.d.name, f)
+		return c.noPath("no path is up for " + f.String())
 	}
 	if c.addr.IsValid() {
 		return selection.Refuse(selection.ErrFamily, "path %s was selected by its address %s, and the target is %s", c.p.Name, c.addr, f)
 	}
 	return c.p.familyError(f)
+}
+
+// noPath says that the policy has nothing to pick from, whether its paths are
+// down or were never given the family: to the outside it is one. It is
+// selection.ErrDown too, which is what the metrics count it as.
+func (c *choice) noPath(why string) error {
+	return fail(ErrNoPath, selection.ErrDown, "escaper %s: %s", c.d.name, why)
 }
 
 // usable returns the families that a chosen path can be used by now: those of
@@ -53,7 +60,7 @@ func (c *choice) open(ctx context.Context, r *Request) (*Conn, error) {
 	case c.p != nil && c.usable() == 0:
 		return nil, c.p.downError(c.p.state.Load(), c.want)
 	case c.p == nil && c.d.usable.Load().any == 0:
-		return nil, selection.Refuse(ErrNoPath, "escaper %s: no path is up", c.d.name)
+		return nil, c.noPath("no path is up")
 	}
 	if r.Target.Addr.IsValid() {
 		return c.openAddr(ctx, r)
@@ -91,7 +98,7 @@ func (c *choice) openAddr(ctx context.Context, r *Request) (*Conn, error) {
 func (c *choice) pick(r *Request, want selection.Family) error {
 	node, err := c.d.pool.Pick(want, c.d.pickKey(r))
 	if err != nil {
-		return fail(ErrNoPath, err, "escaper %s: %s", c.d.name, err)
+		return c.noPath(err.Error())
 	}
 	c.p = c.d.paths[node]
 	c.want = c.p.Given()

@@ -192,6 +192,24 @@ func TestDoorClosed(t *testing.T) {
 	if _, err := d.Open(context.Background(), r); !errors.Is(err, escaper.ErrClosed) {
 		t.Errorf("closed door: %v", err)
 	}
+	if r.Escaper = "nowhere"; r.Target.String() != "127.0.0.1:1" {
+		t.Errorf("target %s", r.Target)
+	}
+	named := direct(t, escaper.Options{Name: "named", Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), Weight: 1}}})
+	d = door(t, named)
+	if d.Table().Escaper("named") != named || d.Table().Escaper("out") != nil || named.Name() != "named" {
+		t.Error("escapers are not found by name")
+	}
+	if _, err := d.Open(context.Background(), r); !errors.Is(err, selection.ErrUnknown) {
+		t.Errorf("unknown escaper of a server: %v", err)
+	}
+	r = request(escaper.Target{Host: "www.example", Port: 80}, selection.Selection{})
+	if r.Escaper = "named"; r.Target.String() != "www.example:80" {
+		t.Errorf("target %s", r.Target)
+	}
+	if _, err := d.Open(context.Background(), r); !errors.Is(err, escaper.ErrDNS) {
+		t.Errorf("a name without a resolver: %v", err)
+	}
 	var zero escaper.Door
 	if _, err := zero.Open(context.Background(), r); !errors.Is(err, escaper.ErrClosed) {
 		t.Errorf("zero door: %v", err)
@@ -229,6 +247,7 @@ func TestPolicy(t *testing.T) {
 		{name: "all down", nodes: nodes, down: []string{"a 4", "b 4", "never 4", "six 6"}, to: "six.example", err: escaper.ErrNoPath},
 		{name: "family nobody has", nodes: nodes[:2], to: "6", err: escaper.ErrNoPath},
 		{name: "name of a family nobody has", nodes: nodes[:2], to: "six.example", err: escaper.ErrNoPath},
+		{name: "none by policy", nodes: nodes[2:3], to: "four.example", err: escaper.ErrNoPath},
 		{name: "name", nodes: nodes, to: "four.example", want: []string{"a", "b"}},
 		{name: "name of the other family", nodes: nodes, to: "six.example", want: []string{"six"}},
 		{name: "name, family down", nodes: nodes, down: []string{"six 6"}, to: "six.example", err: escaper.ErrNoPath},
@@ -276,7 +295,7 @@ func TestPolicy(t *testing.T) {
 					t.Fatalf("got %v, want %v", err, tt.err)
 				}
 				if err != nil {
-					if selection.Result(err) != "ok" && selection.Result(err) != "down" && selection.Result(err) != "family" {
+					if selection.Result(err) != "down" || errors.Is(err, selection.ErrFamily) {
 						t.Errorf("%v counts as %s", err, selection.Result(err))
 					}
 					break

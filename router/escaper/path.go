@@ -140,7 +140,11 @@ func (s *state) reason(want selection.Family) string {
 			continue
 		}
 		why := sd.reason
-		if why == "" {
+		switch {
+		case why != "":
+		case sd.cond == Probing:
+			why = f.String() + " has not been looked at yet"
+		default:
 			why = f.String() + " is " + sd.cond.String()
 		}
 		if text != "" && text != why {

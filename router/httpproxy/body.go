@@ -70,7 +70,7 @@ func (b *body) ready() (p []byte, err error) {
 func (b *body) more(limit time.Duration) error {
 	in := b.in
 	switch {
-	case in.buf == nil || len(in.buf) < middleBuffer:
+	case len(in.buf) < middleBuffer:
 		in.grow(middleBuffer)
 	case in.full && len(in.buf) < largeBuffer:
 		in.grow(largeBuffer)
@@ -81,7 +81,7 @@ func (b *body) more(limit time.Duration) error {
 		return faultTrailerTooLarge
 	}
 	err := in.fill(limit)
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		if b.frame == frameClose {
 			b.done = true
 			return nil

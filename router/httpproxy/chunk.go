@@ -1,6 +1,9 @@
 package httpproxy
 
-import "bytes"
+import (
+	"bytes"
+	"errors"
+)
 
 // Bounds of what comes with the chunks of a body.
 const (
@@ -157,7 +160,7 @@ func (c *chunked) trailerSection(b []byte, lim *headLimits) (n int, err error) {
 	}
 	c.trailer.reset(b[:n])
 	if err := c.trailer.parseFields(b[:n], lim); err != nil {
-		if err == faultTooManyFields {
+		if errors.Is(err, faultTooManyFields) {
 			return 0, faultTrailerTooLarge
 		}
 		return 0, faultTrailer

@@ -24,8 +24,8 @@ type conn struct {
 	wake     func(fd uintptr) bool // bound once: c.readable
 	readErr  error
 	idle     atomic.Bool
-	exchange atomic.Pointer[exchange] // the request under way
-	dead     atomic.Bool              // cut
+	upstream atomic.Pointer[net.TCPConn] // of the request under way
+	dead     atomic.Bool                 // cut: readers and writers of both sides look at it
 }
 
 // outcome says what becomes of a client connection after a request.
@@ -51,8 +51,8 @@ func (s *Server) newConn(tcp *net.TCPConn, pre []byte) (*conn, error) {
 	if c.local, err = addrPort(tcp.LocalAddr()); err != nil {
 		return nil, err
 	}
-	c.in.tcp, c.in.pool = tcp, &s.buffers
-	c.out.tcp, c.out.limit = tcp, s.o.Timeouts.Write
+	c.in.tcp, c.in.pool, c.in.dead = tcp, &s.buffers, &c.dead
+	c.out.tcp, c.out.limit, c.out.dead = tcp, s.o.Timeouts.Write, &c.dead
 	c.wake = c.readable
 	if len(pre) > 0 {
 		c.in.take(s.buffers.get(len(pre)))
@@ -74,9 +74,8 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 func (c *conn) serve() {
 	for c.await() {
 		x := c.s.newExchange(c)
-		c.exchange.Store(x)
 		o := x.run()
-		c.exchange.Store(nil)
+		c.upstream.Store(nil)
 		x.free()
 		if o != keep {
 			c.finish(o)
@@ -125,10 +124,7 @@ func (c *conn) await() bool {
 	if err != nil || c.readErr != nil || c.in.buffered() == 0 {
 		return false
 	}
-	if !c.dead.Load() {
-		// A request came in the very moment of a Shutdown: it is served.
-		c.in.resume()
-	}
+	c.in.resume() // a request that came in the very moment of a Shutdown is served
 	return true
 }
 
@@ -138,10 +134,10 @@ func (c *conn) readable(fd uintptr) bool {
 	c.in.take(c.s.buffers.get(smallBuffer))
 	for {
 		n, err := syscall.Read(int(fd), c.in.buf)
-		switch {
-		case err == syscall.EINTR:
+		if errors.Is(err, syscall.EINTR) {
 			continue
-		case err == syscall.EAGAIN:
+		}
+		if errors.Is(err, syscall.EAGAIN) {
 			c.in.drop()
 			return false
 		}
@@ -160,11 +156,11 @@ func (c *conn) endIdle() {
 
 func (c *conn) cut() {
 	c.dead.Store(true)
-	// Both directions, and the upstream's: whatever the request waits for.
-	c.in.stop()
-	c.out.stop()
-	if x := c.exchange.Load(); x != nil {
-		x.cut()
+	// Both directions of both sides: whatever the request waits for. It fails
+	// only on a connection that is closed, where nobody waits.
+	_ = c.tcp.SetDeadline(past())
+	if up := c.upstream.Load(); up != nil {
+		_ = up.SetDeadline(past())
 	}
 }
 
@@ -211,9 +207,9 @@ func (c *conn) readHead() (int, error) {
 		}
 		if err := c.in.fill(-1); err != nil {
 			switch {
-			case err == io.EOF && c.in.buffered() == 0:
+			case errors.Is(err, io.EOF) && c.in.buffered() == 0:
 				return 0, io.EOF
-			case err == io.EOF:
+			case errors.Is(err, io.EOF):
 				return 0, faultIncomplete
 			case isTimeout(err):
 				return 0, faultHeadTimeout

@@ -57,6 +57,7 @@ func (s *Server) newExchange(c *conn) *exchange {
 		x.upw.limit = s.o.Timeouts.Write
 	}
 	x.s, x.c = s, c
+	x.up.dead, x.upw.dead = &c.dead, &c.dead
 	x.rec = escaper.Record{Start: time.Now(), Server: s.o.Name, Client: c.client}
 	return x
 }
@@ -84,6 +85,7 @@ func (x *exchange) free() {
 	x.body.payload, x.resBody.payload = 0, 0
 	x.body.done = false
 	x.up.tcp, x.upw.tcp, x.upw.out = nil, nil, nil
+	x.up.dead, x.upw.dead = nil, nil
 	x.rec = escaper.Record{}
 	x.upload = upload{}
 	x.wantsMore, x.oldClient, x.headOnly, x.expects, x.upgrades = false, false, false, false, false
@@ -326,10 +328,4 @@ func (x *exchange) observe(status int, err error) {
 	x.rec.BytesOut = x.body.payload
 	x.rec.BytesIn = x.resBody.payload
 	x.s.observe(&x.rec)
-}
-
-// cut ends what the exchange waits for at the origin's side.
-func (x *exchange) cut() {
-	x.up.stop()
-	x.upw.stop()
 }

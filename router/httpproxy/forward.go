@@ -151,9 +151,7 @@ func (x *exchange) attach(conn *escaper.Conn) {
 	x.up.stopped.Store(false)
 	x.upw.stopped.Store(false)
 	x.up.deadline, x.upw.deadline = deadline{}, deadline{}
-	if x.c.dead.Load() {
-		x.cut()
-	}
+	x.c.upstream.Store(conn.TCP) // for a cut; one before this is seen by dead
 }
 
 // send writes the request head and what is there of the body, and leaves the
@@ -215,9 +213,9 @@ func (x *exchange) receiveHead() error {
 		err = x.up.fill(x.s.o.Timeouts.Response)
 		switch {
 		case err == nil:
-		case err == io.EOF && x.up.buffered() == 0:
+		case errors.Is(err, io.EOF) && x.up.buffered() == 0:
 			return x.explain(faultNoResponse)
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 			return x.explain(faultIncomplete)
 		case isTimeout(err) && x.upload.busy(x.s.o.Timeouts.Response):
 		case isTimeout(err):
@@ -325,8 +323,6 @@ func (u *upload) abandon(x *exchange) error {
 	x.c.in.stop()
 	x.upw.stop()
 	srcErr, _ := u.wait()
-	if !x.c.dead.Load() {
-		x.c.in.resume()
-	}
+	x.c.in.resume()
 	return srcErr
 }

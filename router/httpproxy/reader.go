@@ -16,7 +16,8 @@ type reader struct {
 	r, w     int    // buf[r:w] is unread
 	deadline deadline
 	stopped  atomic.Bool
-	full     bool // the last read filled all the room there was
+	dead     *atomic.Bool // the client connection's: stopped for good
+	full     bool         // the last read filled all the room there was
 }
 
 // unread returns what was read ahead. It is good until the next fill.
@@ -45,11 +46,11 @@ func (r *reader) fill(limit time.Duration) error {
 	}
 	// After the deadline is set, so that a stop either finds it set and
 	// overrides it, or is seen here.
-	if r.stopped.Load() {
+	if r.halted() {
 		return errStopped
 	}
 	n, err := r.tcp.Read(r.buf[r.w:])
-	if r.stopped.Load() {
+	if r.halted() {
 		return errStopped
 	}
 	r.full = n == len(r.buf)-r.w
@@ -98,6 +99,8 @@ func (r *reader) stop() {
 	// It fails only when the connection is closed, which stops it as well.
 	_ = r.tcp.SetReadDeadline(past())
 }
+
+func (r *reader) halted() bool { return r.stopped.Load() || r.dead.Load() }
 
 // resume lets a stopped reader go on. Nobody may be calling stop any more.
 func (r *reader) resume() {

@@ -127,7 +127,7 @@ func (x *exchange) complete(persistent, more, unwanted bool) outcome {
 	sent := true // the origin has all of the request
 	if x.upload.running {
 		if !x.upload.over() && (unwanted || !persistent) {
-			x.upload.abandon(x)
+			_ = x.upload.abandon(x) // stopped by us: no fault of anybody
 			sent = false
 		} else {
 			srcErr, dstErr := x.upload.wait()

@@ -131,8 +131,10 @@ func TestTimeouts(t *testing.T) {
 		{"head", "GET http://" + silent + "/ HT", func(t *httpproxy.Timeouts) { t.Head = short }, 408, "http_request_error"},
 		{"idle", "", func(t *httpproxy.Timeouts) { t.Idle = short }, 0, ""},
 		{"response", "GET http://" + silent + "/ HTTP/1.1\r\nHost: x\r\n\r\n", func(t *httpproxy.Timeouts) { t.Response = short }, 504, "http_response_timeout"},
-		{"request body", "POST http://" + silent + "/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhi",
-			func(t *httpproxy.Timeouts) { t.Stall = short }, 408, "http_request_error"},
+		{
+			"request body", "POST http://" + silent + "/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhi",
+			func(t *httpproxy.Timeouts) { t.Stall = short }, 408, "http_request_error",
+		},
 		{"response body", "GET http://" + half + "/ HTTP/1.1\r\nHost: x\r\n\r\n", func(t *httpproxy.Timeouts) { t.Stall = short }, 200, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

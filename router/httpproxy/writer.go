@@ -17,7 +17,8 @@ type writer struct {
 	limit    time.Duration
 	deadline deadline
 	stopped  atomic.Bool
-	sent     int64 // bytes that the kernel took
+	dead     *atomic.Bool // the client connection's: stopped for good
+	sent     int64        // bytes that the kernel took
 	vec      net.Buffers
 	parts    [3][]byte
 	tail     [8]byte
@@ -28,7 +29,7 @@ func (w *writer) arm(limit time.Duration) error {
 	if err := w.deadline.after(limit, w.tcp.SetWriteDeadline); err != nil {
 		return err
 	}
-	if w.stopped.Load() {
+	if w.halted() {
 		return errStopped
 	}
 	return nil
@@ -53,7 +54,7 @@ func (w *writer) write(b []byte) error {
 
 // goesOn reports whether a failed write moved bytes and only ran out of time.
 func (w *writer) goesOn(n int64, err error) bool {
-	return n > 0 && errors.Is(err, os.ErrDeadlineExceeded) && !w.stopped.Load()
+	return n > 0 && errors.Is(err, os.ErrDeadlineExceeded) && !w.halted()
 }
 
 // flush sends what is in out.
@@ -102,6 +103,8 @@ func (w *writer) send(p []byte, tail string) error {
 	return nil
 }
 
+func (w *writer) halted() bool { return w.stopped.Load() || w.dead.Load() }
+
 // stop ends a write that waits, and every later one.
 func (w *writer) stop() {
 	w.stopped.Store(true)
@@ -124,7 +127,7 @@ func (w *writer) splice(src *reader, n int64, limit time.Duration) (moved int64,
 		if err := src.deadline.after(limit, src.tcp.SetReadDeadline); err != nil {
 			return moved, err, nil
 		}
-		if src.stopped.Load() {
+		if src.halted() {
 			return moved, errStopped, nil
 		}
 		if err := w.arm(2 * w.limit); err != nil {
@@ -136,7 +139,7 @@ func (w *writer) splice(src *reader, n int64, limit time.Duration) (moved int64,
 		moved += m
 		w.sent += m
 		switch {
-		case src.stopped.Load():
+		case src.halted():
 			return moved, errStopped, nil
 		case err == nil && m == step:
 		case err == nil:

@@ -30,8 +30,10 @@ type childSpec struct {
 	Engine bool // else goroutine pairs
 	Target string
 	Tuning relay.Tuning
-	Procs  int
 }
+
+// workers is how many the tests' engines have.
+const workers = 2
 
 type childStat struct {
 	CPU   time.Duration
@@ -51,13 +53,13 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	// As Options.Workers advises: with no P to spare, tests of bulk wait for
+	// their own accepts.
+	runtime.GOMAXPROCS(runtime.NumCPU() + workers)
 	os.Exit(m.Run())
 }
 
 func serveChild(spec childSpec) error {
-	if spec.Procs > 0 {
-		runtime.GOMAXPROCS(spec.Procs)
-	}
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		return err
@@ -68,9 +70,10 @@ func serveChild(spec childSpec) error {
 	}
 	var e *relay.Engine
 	if spec.Engine {
-		if e, err = relay.NewTuned(relay.Options{Workers: runtime.NumCPU()}, spec.Tuning); err != nil {
+		if e, err = relay.NewTuned(relay.Options{}, spec.Tuning); err != nil {
 			return err
 		}
+		runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0)) // as Options.Workers advises
 	}
 	p := newPair()
 	go func() {
@@ -307,9 +310,7 @@ func median(v []float64) float64 {
 // CPU and rate by those of the pairs in the same round.
 func BenchmarkEngines(b *testing.B) {
 	target := origin(b)
-	var tn relay.Tuning
-	_ = json.Unmarshal([]byte(os.Getenv("TUNE")), &tn)
-	engine := startChild(b, childSpec{Engine: true, Target: target, Tuning: tn})
+	engine := startChild(b, childSpec{Engine: true, Target: target})
 	pairs := startChild(b, childSpec{Target: target})
 	for _, s := range []struct {
 		name string

@@ -17,7 +17,7 @@ const (
 	// retryPipes is how long no pipe is asked for after the kernel gave none.
 	retryPipes = int64(time.Second)
 	// trimPipes is how long a free pipe may go unused.
-	trimPipes = int64(5 * time.Second)
+	trimPipes = int64(2 * time.Second)
 )
 
 // pipes is a worker's store of empty pipes; the engine bounds their sum.

@@ -84,12 +84,14 @@ func (e *SocketError) Unwrap() error { return e.Err }
 
 // Options configures an Engine. The zero value is usable.
 type Options struct {
-	// Workers is the number of epoll loops; 0: one for each core that Go may
-	// use (GOMAXPROCS).
+	// Workers is the number of epoll loops; 0: one for each core that Go uses
+	// when the engine is made (GOMAXPROCS).
 	//
-	// A worker that waits keeps its P for up to 10 ms. A program whose other
-	// goroutines must not wait for that gives Go as many Ps more as there are
-	// workers: runtime.GOMAXPROCS(cores + workers).
+	// A worker that waits or is busy keeps one of Go's Ps for up to 10 ms. With
+	// no P left over, nobody looks at Go's poller meanwhile, and accepts and
+	// dials wait. A program gives Go as many Ps more as there are workers,
+	// runtime.GOMAXPROCS(cores + workers): a quarter less CPU for each new
+	// tunnel, and nothing lost in bulk.
 	Workers int
 	// Pipes is how many pipes (two descriptors each) may exist at a time, over
 	// all workers; 0: 1024, or an eighth of what the descriptor limit has room

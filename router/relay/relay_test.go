@@ -28,6 +28,9 @@ const patience = 20 * time.Second
 func engine(t *testing.T, o relay.Options, tune relay.Tuning) *relay.Engine {
 	t.Helper()
 	unleaked(t)
+	if o.Workers == 0 {
+		o.Workers = workers
+	}
 	e, err := relay.NewTuned(o, tune)
 	if err != nil {
 		t.Fatal(err)
@@ -380,7 +383,7 @@ func fillUp(t testing.TB, c *net.TCPConn) int {
 	}
 	block := pattern(256 << 10)
 	total, still := 0, 0
-	for still < 50 {
+	for still < 20 {
 		n := 0
 		if err := raw.Control(func(fd uintptr) { n, err = unix.Write(int(fd), block) }); err != nil {
 			t.Fatal(err)
@@ -449,7 +452,7 @@ func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
 
 func TestIdleLimit(t *testing.T) {
 	e := engine(t, relay.Options{Tick: 5 * time.Millisecond}, relay.Tuning{})
-	const idle = 200 * time.Millisecond
+	const idle = time.Second
 	began := time.Now()
 	x := start(t, e, relay.Spec{Idle: idle})
 	// Bytes one way only keep it open.
@@ -475,8 +478,10 @@ func TestIdleLimit(t *testing.T) {
 
 func TestIdleLimitOfStalledReader(t *testing.T) {
 	e := engine(t, relay.Options{Tick: 5 * time.Millisecond}, relay.Tuning{})
-	x := start(t, e, relay.Spec{Idle: time.Second})
-	fillUp(t, x.a)
+	x := start(t, e, relay.Spec{Idle: 300 * time.Millisecond})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { _, _ = io.Copy(x.a, zeros{}) })
 	if r := x.result(t); r.Cause != relay.ErrIdle {
 		t.Errorf("%+v", r)
 	}
@@ -669,10 +674,10 @@ func TestStalledReader(t *testing.T) {
 				t.Fatal(err)
 			}
 			sent := fillUp(t, x.a)
-			inSockets := queued(t, sysfd(t, x.a), unix.TIOCOUTQ) + queued(t, x.fd[0], unix.TIOCINQ) +
-				queued(t, x.fd[1], unix.TIOCOUTQ) + queued(t, sysfd(t, x.b), unix.TIOCINQ)
-			held := sent - inSockets
-			t.Logf("taken %d, in sockets %d, held by the relay %d", sent, inSockets, held)
+			peers := queued(t, sysfd(t, x.a), unix.TIOCOUTQ) + queued(t, sysfd(t, x.b), unix.TIOCINQ)
+			in, out := queued(t, x.fd[0], unix.TIOCINQ), queued(t, x.fd[1], unix.TIOCOUTQ)
+			held := sent - peers - in - out
+			t.Logf("taken %d: in the peers' sockets %d, in ours %d (A) and %d (B), held by the relay %d", sent, peers, in, out, held)
 			if held <= 0 || held >= 1<<20 {
 				t.Errorf("the relay holds %d bytes", held)
 			}

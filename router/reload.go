@@ -1,0 +1,176 @@
+package router
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"wayout/netcfg"
+	"wayout/router/config"
+	"wayout/router/escaper"
+)
+
+// ErrRestart: the new configuration changes what a running daemon cannot.
+var ErrRestart = errors.New("cannot be changed by a reload, restart the daemon")
+
+// sweepEvery is how often the daemon looks whether what a reload took away is
+// still in use. The kernel tells of a socket's end only by its counters.
+const sweepEvery = 2 * time.Second
+
+// Reload puts another configuration in the place of the current one, or logs
+// why it cannot be read. All of the new is built before anything of the old is
+// touched: with an error nothing has changed. Requests under way end by what
+// they began with, and tunnels live on.
+func (r *Router) Reload(c *config.Config, unread error) {
+	err := unread
+	if err == nil {
+		err = r.reload(c)
+	}
+	r.counters.Reload(err)
+	if err != nil {
+		r.log.Error("configuration not reloaded", "err", err)
+		return
+	}
+	r.log.Info("configuration reloaded", "paths", len(r.door.Table().Paths()))
+	r.socket.Changed()
+}
+
+func (r *Router) reload(c *config.Config) (err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old := r.plan
+	if !r.ready.Load() {
+		return escaper.ErrClosed
+	}
+	if err := fixed(old.config, c); err != nil {
+		return err
+	}
+	p, err := r.build(c, old.layout, old)
+	if err != nil {
+		return err
+	}
+	var servers []*server
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeListeners(servers), r.discard(p, old))
+		}
+	}()
+	leaving := append(slices.Clone(r.leaving), gone(old, p)...)
+	want, err := p.want(leaving)
+	if err != nil {
+		return err
+	}
+	if servers, err = r.openServers(p, r.servers); err != nil {
+		return err
+	}
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return err
+	}
+	if err := netcfg.Diff(have, want).Adds().Apply(r.kernel.net); err != nil {
+		return fmt.Errorf("make the network as wished: %w", err)
+	}
+	if have, err = r.kernel.net.Read(); err != nil {
+		return err
+	}
+	if err := r.setGuards(p, have); err != nil {
+		return err
+	}
+
+	// ---- Nothing below this line fails. ----
+
+	drained := r.servers
+	r.plan, r.want, r.leaving, r.servers = p, want, leaving, servers
+	r.judgeAll(p, have)
+	r.door.Swap(p.table)
+	for _, s := range servers {
+		r.serve(s)
+	}
+	r.draining.Go(func() {
+		r.stopServers(r.cut, drained)
+		if err := old.close(p); err != nil {
+			r.log.Error("the old configuration does not close", "err", err)
+		}
+	})
+	return nil
+}
+
+// fixed says what of a new configuration a running daemon cannot take up.
+func fixed(old, c *config.Config) error {
+	for _, f := range []struct {
+		key  string
+		same bool
+	}{
+		{"control.socket", c.Control == old.Control},
+		{"metrics.listen", c.Metrics == old.Metrics},
+		{"log", c.Log == old.Log},
+		{"accounting", c.Accounting == old.Accounting},
+		{"netcfg", c.Netcfg == old.Netcfg},
+	} {
+		if !f.same {
+			return fmt.Errorf("%s: %w", f.key, ErrRestart)
+		}
+	}
+	for _, u := range old.Uplinks {
+		if !slices.Contains(c.Uplinks, u) {
+			return fmt.Errorf("uplink %s: an uplink that is there %w", u.Name, ErrRestart)
+		}
+	}
+	return nil
+}
+
+// gone lists the paths of a plan that are not in the next one.
+func gone(old, next *plan) []*escaper.Path {
+	kept := map[uint32]bool{}
+	for _, p := range next.table.Paths() {
+		kept[p.Number] = true
+	}
+	return slices.DeleteFunc(slices.Clone(old.table.Paths()), func(p *escaper.Path) bool { return kept[p.Number] })
+}
+
+// sweep lets go of the paths that a reload took away and that no socket uses
+// any more: their guards, their numbers and their addresses.
+func (r *Router) sweep() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := len(r.leaving)
+	r.leaving = slices.DeleteFunc(r.leaving, func(p *escaper.Path) bool {
+		if c := p.Counters(); c.Open > 0 || r.inKernel(p.Number) {
+			return false
+		}
+		if err := errors.Join(r.clearGuard(p.Number), r.numbers.Release(p.Number), r.numbers.Free(p.Number)); err != nil {
+			r.log.Error("path cannot be let go", "path", p.Name, "err", err)
+		}
+		return true
+	})
+	if len(r.leaving) == n {
+		return
+	}
+	want, err := r.plan.want(r.leaving)
+	if err == nil {
+		r.want = want
+		var have *netcfg.Snapshot
+		if have, err = r.kernel.net.Read(); err == nil {
+			err = netcfg.Diff(have, want).Apply(r.kernel.net)
+		}
+	}
+	if err != nil {
+		r.log.Error("the network cannot be made as wished", "err", err)
+	}
+}
+
+// inKernel says whether the kernel still knows a TCP socket of a number, be it
+// one that it closes by itself.
+func (r *Router) inKernel(number uint32) bool {
+	c, ok := r.kernelCounters(number)
+	return ok && c.Open()+c.Connecting() > 0
+}
+
+func (r *Router) clearGuard(number uint32) error {
+	if !r.accounted() {
+		return nil
+	}
+	delete(r.kernel.guards, number)
+	return r.kernel.progs.ClearPath(number)
+}
