@@ -7,10 +7,10 @@
 //
 //	layout, _ := NewLayout(mask)       // what of the mark is ours
 //	numbers := NewNumbers(layout.MaxPath())
+//	numbers.Hold(PinnedNumbers(pins, layout)...)
 //	leaf, _ := MakeLeaf("wayout-...")  // before any socket is made
 //	progs, _ := Load(Options{...})     // from here on every socket needs a mark
-//	numbers.Hold(progs.Inherited()...)
-//	num, _ := numbers.Take()           // for each path
+//	num, _ := numbers.Take()           // for each path, before Load or after
 //	progs.SetPath(num, Guard{...})     // before its first socket
 //	layout.Mark(ClassPath, uplink, num)
 //

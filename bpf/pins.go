@@ -109,8 +109,7 @@ func openPinned(o Options) (*tables, error) {
 	if err := os.MkdirAll(o.PinDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of pins: %w", err)
 	}
-	guards, slots := filepath.Join(o.PinDir, pinGuards), filepath.Join(o.PinDir, pinSlots)
-	t, err := adoptTables(guards, slots, o.Layout)
+	t, err := adoptTables(filepath.Join(o.PinDir, pinGuards), filepath.Join(o.PinDir, pinSlots), o.Layout)
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, errOtherTables) {
 		return nil, nil
 	}
@@ -118,6 +117,21 @@ func openPinned(o Options) (*tables, error) {
 		return nil, plain(err)
 	}
 	return t, nil
+}
+
+// PinnedNumbers reads, and changes nothing, which path numbers are in force in
+// the tables that an earlier run left pinned in a directory: what Inherited
+// will say after Load, for who takes numbers before. Without pins, or with those
+// of another mark layout, there are none.
+func PinnedNumbers(dir string, l Layout) ([]uint32, error) {
+	t, err := adoptTables(filepath.Join(dir, pinGuards), filepath.Join(dir, pinSlots), l)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, errOtherTables) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, plain(err)
+	}
+	return liveNumbers(t), t.Close()
 }
 
 func onBPFFS(dir string) error {

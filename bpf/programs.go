@@ -44,6 +44,7 @@ type Programs struct {
 	links     map[string]link.Link
 	late      map[uint32]Counters // counted by replaced programs while they were replaced
 	inherited []uint32
+	foreign   map[uint32]bool // inherited numbers that no path of this run has had
 	closed    bool
 }
 
@@ -71,7 +72,10 @@ func Load(o Options) (*Programs, error) {
 	for _, num := range inherited {
 		last = max(last, num)
 	}
-	p := &Programs{o: o, inherited: inherited, late: map[uint32]Counters{}, links: map[string]link.Link{}}
+	p := &Programs{o: o, inherited: inherited, foreign: map[uint32]bool{}, late: map[uint32]Counters{}, links: map[string]link.Link{}}
+	for _, num := range inherited {
+		p.foreign[num] = true
+	}
 	if p.t, err = loadTables(o.Layout, entries(min(last, o.Layout.MaxPath())), false); err != nil {
 		return nil, err
 	}
@@ -193,8 +197,8 @@ func (p *Programs) attachNew(h hook) (link.Link, error) {
 }
 
 // SetPath puts the guard of a path in force under its number: from then on
-// its sockets may send. With a number that is not in force its counters start
-// from zero. When the number is in force for another guard, the change leaves
+// its sockets may send. With a number that is not in force, or was only in an
+// earlier run, its counters start from zero. When the number is in force for another guard, the change leaves
 // no moment with a mixture of both. Numbers out of range wrap ErrNumber.
 func (p *Programs) SetPath(num uint32, g Guard) error {
 	return p.SetPaths([]Entry{{num, g}})
@@ -226,9 +230,11 @@ func (p *Programs) SetPaths(all []Entry) error {
 	}
 	for i, e := range all {
 		switch {
-		case !p.t.live(e.Num):
+		case !p.t.live(e.Num) || p.foreign[e.Num]:
+			p.t.disable(e.Num)
 			p.t.clearSlot(e.Num)
 			delete(p.late, e.Num)
+			delete(p.foreign, e.Num)
 		case p.t.guard(e.Num) == encoded[i]:
 			continue
 		}
@@ -258,8 +264,11 @@ func (p *Programs) ClearPath(num uint32) error {
 
 // Inherited lists the numbers that were in force in the run before, when it
 // ended without Close. Sockets of the killed process that the kernel is still
-// closing carry them, so they are not to be used (Numbers.Hold) until Read says
-// that none is left; then ClearPath and Numbers.Free.
+// closing carry them, so they are not to be used (Numbers.Hold, before the
+// first Take: see PinnedNumbers) until Read says that none is left; then
+// ClearPath and Numbers.Free. A path that is given one all the same is judged
+// and counted rightly, but what is left of the old sockets is dropped or
+// counted as its own.
 func (p *Programs) Inherited() []uint32 { return slices.Clone(p.inherited) }
 
 // Read gives the counters of a number, without a system call. A number that

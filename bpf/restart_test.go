@@ -211,6 +211,10 @@ func TestKilledDaemon(t *testing.T) {
 	if err := w.sendUnmarked(t); !errors.Is(err, unix.EPERM) {
 		t.Errorf("before the programs are loaded again, a datagram without a mark: %v", err)
 	}
+	before, err := PinnedNumbers(pins, w.layout)
+	if err != nil || !slices.Equal(before, []uint32{3}) {
+		t.Errorf("pinned are %v, %v", before, err)
+	}
 	p, err := Load(Options{Layout: w.layout, Paths: 4, Cgroup: w.leaf.Path(), PinDir: pins})
 	must(t, err)
 	t.Cleanup(func() { must(t, p.Close()) })
@@ -290,9 +294,47 @@ func TestPinsOfAnotherLayout(t *testing.T) {
 	must(t, err)
 	must(t, p.SetPath(1, w.guard()))
 	must(t, p.Leave())
+	for _, dir := range []string{pins, pins + "-not-there"} {
+		if got, err := PinnedNumbers(dir, w.layout); err != nil || len(got) != 0 {
+			t.Errorf("pinned in %s are %v, %v", dir, got, err)
+		}
+	}
 	p = w.load(t, Options{Paths: 1, PinDir: pins})
 	if got := p.Inherited(); len(got) != 0 {
 		t.Errorf("inherited %v", got)
+	}
+}
+
+// TestInheritedNumberIsUsed gives a path a number of the run before: it starts
+// anew.
+func TestInheritedNumberIsUsed(t *testing.T) {
+	w := newWire(t)
+	o := Options{Layout: w.layout, Paths: 1, Cgroup: w.leaf.Path(), PinDir: filepath.Join(bpffs(t), "test")}
+	p, err := Load(o)
+	must(t, err)
+	must(t, p.SetPath(1, w.guard()))
+	a := ask{network: "udp4", src: right4, mark: mark(t, w.layout, ClassPath, 1, 1)}
+	c, err := w.dial(a, 0)
+	must(t, err)
+	defer c.Close()
+	_, err = c.Write([]byte("x"))
+	must(t, err)
+	must(t, p.Leave())
+	p, err = Load(o)
+	must(t, err)
+	defer p.Close()
+	if got := p.Read(1); got.PacketsOut != 1 {
+		t.Errorf("carried over: %+v", got)
+	}
+	must(t, p.SetPath(1, w.guard()))
+	if got := p.Read(1); got.PacketsOut != 0 {
+		t.Errorf("a path of this run starts from %+v", got)
+	}
+	_, err = c.Write([]byte("x"))
+	must(t, err)
+	must(t, p.SetPath(1, w.guard()))
+	if got := p.Read(1); got.PacketsOut != 1 {
+		t.Errorf("set again: %+v", got)
 	}
 }
 
@@ -449,6 +491,7 @@ func TestBPFFSIsFound(t *testing.T) {
 
 // BenchmarkTables is what 65,000 paths cost: loaded, set at once, read one.
 func BenchmarkTables(b *testing.B) {
+	lab.Require(b)
 	l := testLayout(b, DefaultMask)
 	leaf, err := MakeLeaf(leafName())
 	if err != nil {

@@ -124,7 +124,7 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 		return err
 	}
 	r.failed = make(chan error, 1)
-	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Version: r.o.Version})
+	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Prove: r.proveGuard, Version: r.o.Version})
 	go func() { r.fail(r.socket.Serve()) }()
 	done = append(done, r.socket.Close)
 

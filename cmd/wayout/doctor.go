@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -33,8 +35,15 @@ type finding struct {
 
 // doctor says what this host allows and lacks, with the remedy for each.
 func doctor(e *env, args []string) error {
-	f := newFlags(e, "doctor").withConfig().withJSON()
-	if _, err := f.parse(args, 0); err != nil {
+	f := newFlags(e, "doctor").withControl().withJSON()
+	prove := f.String("prove-guard", "", "have the running daemon try to leave by this `path` with a wrong source,\nto the address:port that is given as the argument; the kernel has to refuse it")
+	if err := f.Parse(args); err != nil {
+		return parseError(err)
+	}
+	if *prove != "" {
+		return proveGuard(e, f, *prove)
+	}
+	if _, err := f.parse(f.Args(), 0); err != nil {
 		return err
 	}
 	c, err := f.loadConfig()
@@ -70,6 +79,31 @@ func doctor(e *env, args []string) error {
 		return errors.Join(err, &exitError{code: exitFailed})
 	}
 	return err
+}
+
+// proveGuard asks the daemon for a deliberately wrong attempt.
+func proveGuard(e *env, f *flags, path string) error {
+	rest, err := f.parse(f.Args(), 1)
+	if err != nil {
+		return err
+	}
+	target, err := netip.ParseAddrPort(rest[0])
+	if err != nil {
+		return usageError("the target is an address and a port, got %q", rest[0])
+	}
+	client, err := f.client()
+	if err != nil {
+		return err
+	}
+	p, err := client.Prove(context.Background(), path, target)
+	if err != nil {
+		return err
+	}
+	if *f.json {
+		return json.NewEncoder(e.stdout).Encode(p)
+	}
+	fmt.Fprintf(e.stdout, "the kernel refused %s to connect and to send to %s from %s\n", p.Path, p.Target, p.Source)
+	return nil
 }
 
 // examine looks at everything. It changes nothing.

@@ -141,10 +141,7 @@ func (f *flags) parse(args []string, n int) ([]string, error) {
 	var rest []string
 	for {
 		if err := f.Parse(args); err != nil {
-			if errors.Is(err, flag.ErrHelp) {
-				return nil, err
-			}
-			return nil, &exitError{code: exitUsage} // package flag has said it
+			return nil, parseError(err)
 		}
 		args = f.Args()
 		if len(args) == 0 {
@@ -156,4 +153,12 @@ func (f *flags) parse(args []string, n int) ([]string, error) {
 		return nil, usageError("%s takes %d arguments, got %d", f.Name(), n, len(rest))
 	}
 	return rest, nil
+}
+
+// parseError is the error of a command line that package flag has refused.
+func parseError(err error) error {
+	if errors.Is(err, flag.ErrHelp) {
+		return err
+	}
+	return &exitError{code: exitUsage} // it has been said already
 }

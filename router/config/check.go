@@ -195,7 +195,11 @@ func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[strin
 		return
 	}
 	if b := d.builders[e]; b != nil && !b.selects(entry.Value) {
-		d.failGot(at, line, entry.Value.String(), "is no node of escaper %s (1 to %d by index, or an ID or address)", e.Name, len(e.Nodes))
+		what := "is no node of escaper " + e.Name
+		if !b.broken {
+			what += fmt.Sprintf(" (1 to %d by index, or an ID or address)", len(e.Nodes))
+		}
+		d.failGot(at, line, entry.Value.String(), "%s", what)
 	}
 }
 

@@ -245,7 +245,7 @@ func TestMistakes(t *testing.T) {
 			`2: escaper[0].nodes[0].id: is the address of the node on line 2, got "2001:DB8::9"`,
 		}},
 		{"ID is the address of a node without an ID", uplink + esc + "nodes: [{id: 192.0.2.9, ipv4: 192.0.2.1},\n {ipv4: 192.0.2.9}]}]", []string{
-			`3: escaper[0].nodes[1]: its address is the ID of the node on line 2, got "192.0.2.9"`,
+			`2: escaper[0].nodes[0].id: is the address of the node on line 3, got "192.0.2.9"`,
 		}},
 		{"the same, the other way round", uplink + esc + "nodes: [{ipv4: 192.0.2.9},\n {id: 192.0.2.9, ipv4: 192.0.2.1}]}]", []string{
 			`3: escaper[0].nodes[1].id: is the ID of the node on line 2 too, got "192.0.2.9"`,
@@ -491,7 +491,7 @@ server:
 		`13: escaper[0].nodes[1].id: is the ID of the node on line 12 too, got "fra-1"`,
 		`14: escaper[0].nodes[2].ipv4: address 198.51.100.11 is on the node on line 12 too, got "198.51.100.11"`,
 		`18: user_group[0].users[0].password: plain text is refused: put what wayout hash-password prints here, got "(hidden)"`,
-		`18: user_group[0].users[0].egress_path.out: is no node of escaper out (1 to 1 by index, or an ID or address), got "fra-9"`,
+		`18: user_group[0].users[0].egress_path.out: is no node of escaper out, got "fra-9"`,
 		`22: server[0].listen: without user_group only loopback addresses are listened on, unless open: true says that an open proxy is meant, got "0.0.0.0:3128"`,
 	)
 }

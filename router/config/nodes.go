@@ -344,9 +344,9 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 			b.claim(n, at)
 			return false
 		}
-		// The ID is the address, so that the address is a second one too, unless the other was called so by hand.
+		// The node has no ID but its address. Either that is a second owner's, which is said below, or addressIDs says
+		// whose ID it is.
 		if b.owner[n.IPv4] == nil && b.owner[n.IPv6] == nil {
-			b.d.failGot(at, at.node.Line, n.ID, "its address is the ID of the node on line %d", first.node.Line)
 			b.claim(n, at)
 			return false
 		}

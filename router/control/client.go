@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 )
 
 // ErrNoDaemon: nothing answers on the control socket.
@@ -69,11 +70,23 @@ func (c *Client) Drain(ctx context.Context, path string, on bool) error {
 	if on {
 		verb = "/drain"
 	}
-	body, err := json.Marshal(map[string]string{"path": path})
+	return c.command(ctx, verb, Ask{Path: path}, &Ask{})
+}
+
+// Prove has the daemon try to leave by a path with a wrong source, which the
+// kernel has to refuse: the error says that it did not.
+func (c *Client) Prove(ctx context.Context, path string, target netip.AddrPort) (Proof, error) {
+	var p Proof
+	err := c.command(ctx, "/prove-guard", Ask{Path: path, Target: target}, &p)
+	return p, err
+}
+
+func (c *Client) command(ctx context.Context, verb string, ask Ask, answer any) error {
+	body, err := json.Marshal(ask)
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, http.MethodPost, verb, body, func(*json.Decoder) error { return nil })
+	return c.do(ctx, http.MethodPost, verb, body, func(dec *json.Decoder) error { return dec.Decode(answer) })
 }
 
 func (c *Client) do(ctx context.Context, method, resource string, body []byte, read func(*json.Decoder) error) error {

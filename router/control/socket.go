@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -25,6 +26,7 @@ const watchEvery = time.Second
 type Backend struct {
 	Paths   func() Paths
 	Drain   func(path string, on bool) error // ErrUnknownPath
+	Prove   func(path string, target netip.AddrPort) (Proof, error)
 	Version string
 }
 
@@ -94,32 +96,42 @@ func NewSocket(l net.Listener, b Backend) *Socket {
 		s.watch(w, r, b)
 	})
 	drain := func(on bool) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			var ask struct {
-				Path string `json:"path"`
-			}
-			if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<16)).Decode(&ask); err != nil {
-				reply(w, http.StatusBadRequest, failure{err.Error()})
-				return
-			}
-			err := b.Drain(ask.Path, on)
-			switch {
-			case errors.Is(err, ErrUnknownPath):
-				reply(w, http.StatusNotFound, failure{err.Error()})
-			case err != nil:
-				reply(w, http.StatusInternalServerError, failure{err.Error()})
-			default:
-				reply(w, http.StatusOK, ask)
-			}
-		}
+		return command(func(ask Ask) (any, error) { return ask, b.Drain(ask.Path, on) })
 	}
 	mux.HandleFunc("POST /drain", drain(true))
 	mux.HandleFunc("POST /undrain", drain(false))
+	mux.HandleFunc("POST /prove-guard", command(func(ask Ask) (any, error) { return b.Prove(ask.Path, ask.Target) }))
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, map[string]string{"version": b.Version})
 	})
 	s.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	return s
+}
+
+// Ask is the body of every command.
+type Ask struct {
+	Path   string         `json:"path"`
+	Target netip.AddrPort `json:"target,omitzero"`
+}
+
+// command answers a command by what f makes of it.
+func command(f func(Ask) (any, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var ask Ask
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<16)).Decode(&ask); err != nil {
+			reply(w, http.StatusBadRequest, failure{err.Error()})
+			return
+		}
+		done, err := f(ask)
+		switch {
+		case errors.Is(err, ErrUnknownPath):
+			reply(w, http.StatusNotFound, failure{err.Error()})
+		case err != nil:
+			reply(w, http.StatusInternalServerError, failure{err.Error()})
+		default:
+			reply(w, http.StatusOK, done)
+		}
+	}
 }
 
 // failure is the body of every answer that is not a success.

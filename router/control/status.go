@@ -48,6 +48,14 @@ type Path struct {
 	RTTBuckets Histogram `json:"-"`
 }
 
+// Proof says that the kernel refused an attempt to leave by a path with a
+// source that is not its own.
+type Proof struct {
+	Path   string `json:"path"`
+	Source string `json:"source"` // the wrong one that was tried
+	Target string `json:"target"` // where to
+}
+
 // Connections counts a path's connections since the daemon started.
 type Connections struct {
 	Open   int64  `json:"open"`

@@ -13,8 +13,8 @@ import (
 type Host struct{ p atomic.Pointer[hostFacts] }
 
 type hostFacts struct {
-	own       map[[16]byte]struct{} // As16: hashed four times as fast as a netip.Addr
-	nets      []netip.Prefix // own prefixes of more than one address
+	own       map[[16]byte]struct{} // As16: a netip.Addr is slow to hash
+	nets      []netip.Prefix        // own prefixes of more than one address
 	listeners map[uint16]*listeners
 }
 

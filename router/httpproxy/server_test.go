@@ -140,8 +140,8 @@ func TestTimeouts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			r := newRig(t, func(o *httpproxy.Options) { tt.set(&o.Timeouts) })
-			w := r.dial()
 			start := time.Now()
+			w := r.dial()
 			w.send(tt.in)
 			switch tt.status {
 			case 0:

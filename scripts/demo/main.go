@@ -10,10 +10,12 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -53,7 +55,7 @@ func run(ctx context.Context, binary string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
-	for _, show := range []func(context.Context) error{d.selections, d.refusals, d.vanishing, d.paths} {
+	for _, show := range []func(context.Context) error{d.selections, d.refusals, d.uplinkDown, d.wrongDial, d.paths} {
 		if err := show(ctx); err != nil {
 			return err
 		}
@@ -76,8 +78,8 @@ type demo struct {
 }
 
 func start(dir, binary string) (*demo, error) {
-	fmt.Println("A host with two uplinks, eight IPv4 and eight IPv6 egress addresses; a client; an origin.")
-	w, err := lab.NewWorld(true)
+	fmt.Println("A host with two uplinks, each by a provider of its own; a client behind it; an origin that both reach.")
+	w, err := lab.NewWorld(false)
 	if err != nil {
 		return nil, err
 	}
@@ -149,20 +151,27 @@ func (d *demo) configuration() (string, error) {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, `control: {socket: %s}
+uplink:
+  - {name: isp1, interface: eth0, gateway4: %s, gateway6: %q, manage_addresses: true}
+  - {name: isp2, interface: eth1, gateway4: %s, gateway6: %q, manage_addresses: true}
 escaper:
   - name: out
     type: direct_fixed
     enable_path_selection: true
     pick_policy: round_robin
     nodes:
-`, d.socket)
+`, d.socket, lab.Gateway1Of4, lab.Gateway1Of6, lab.Gateway2Of4, lab.Gateway2Of6)
 	v4, v6 := lab.Egress4(), lab.Egress6()
 	for i := range v4 {
+		uplink := "isp1"
+		if i >= len(v4)/2 {
+			uplink = "isp2"
+		}
 		if i == len(v4)-1 { // one path that owns no IPv6
-			fmt.Fprintf(&b, "      - {id: %s, ipv4: %s}\n", id(i), v4[i])
+			fmt.Fprintf(&b, "      - {id: %s, ipv4: %s, uplink: %s}\n", id(i), v4[i], uplink)
 			continue
 		}
-		fmt.Fprintf(&b, "      - {id: %s, ipv4: %s, ipv6: %q}\n", id(i), v4[i], v6[i])
+		fmt.Fprintf(&b, "      - {id: %s, ipv4: %s, ipv6: %q, uplink: %s}\n", id(i), v4[i], v6[i], uplink)
 	}
 	fmt.Fprintf(&b, `user_group:
   - name: team
@@ -290,40 +299,43 @@ func (d *demo) refusals(ctx context.Context) error {
 	})
 }
 
-func (d *demo) vanishing(ctx context.Context) error {
-	gone := lab.Egress4()[1]
-	fmt.Printf("\n%s is taken off the host's interface:\n\n", gone)
-	if err := d.world.Host.DelAddr("eth0", lab.EgressPrefix(gone)); err != nil {
+// uplinkDown takes an uplink away and gives it back.
+func (d *demo) uplinkDown(ctx context.Context) error {
+	lon := lab.Egress4()[4]
+	fmt.Print("\nThe interface of isp2 goes down. Its paths refuse; nothing is sent by the other uplink:\n\n")
+	if err := d.world.Host.Down("eth1"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, "out/fra-2", true); err != nil {
+	if err := d.until(ctx, "out/lon-1", "down"); err != nil {
 		return err
 	}
 	if err := d.table(ctx, []row{
-		{say: "fra-2 to the IPv4 origin", ask: lab.Ask{Header: header("fra-2")}, status: 503},
-		{say: "fra-2 to the IPv6 origin", ask: lab.Ask{Header: header("fra-2"), Target: "[" + lab.OriginAddr6 + "]:80"}, source: lab.Egress6()[1].String()},
+		{say: "lon-1", ask: lab.Ask{Header: header("lon-1")}, status: 503},
+		{say: "fra-1, of the other uplink", ask: lab.Ask{Header: header("fra-1")}, source: lab.Egress4()[0].String()},
 	}); err != nil {
 		return err
 	}
-	fmt.Print("\nand put back:\n\n")
-	if err := d.world.Host.AddAddr("eth0", lab.EgressPrefix(gone)); err != nil {
+	fmt.Print("\nIt comes back, and wayout puts back the routes and addresses that went with it:\n\n")
+	if err := d.world.Host.Up("eth1"); err != nil {
 		return err
 	}
-	if err := d.until(ctx, "out/fra-2", false); err != nil {
+	if err := d.until(ctx, "out/lon-1", "up"); err != nil {
 		return err
 	}
-	return d.table(ctx, []row{{say: "fra-2 to the IPv4 origin", ask: lab.Ask{Header: header("fra-2")}, source: gone.String()}})
+	return d.table(ctx, []row{
+		{say: "lon-1", ask: lab.Ask{Header: header("lon-1")}, source: lon.String()},
+	})
 }
 
-// until waits for the daemon to notice: a path that lacks one of its addresses
-// says so in its reason.
-func (d *demo) until(ctx context.Context, path string, lacking bool) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+// until waits for the daemon to see a path in a state, whole: with nothing
+// left to say about it.
+func (d *demo) until(ctx context.Context, path, state string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	noticed := errors.New("noticed")
 	err := control.NewClient(d.socket).Watch(ctx, func(all control.Paths) error {
 		for _, p := range all.Paths {
-			if p.Path == path && (p.Reason != "") == lacking {
+			if p.Path == path && p.State == state && (state != "up" || p.Reason == "") {
 				return noticed
 			}
 		}
@@ -335,14 +347,49 @@ func (d *demo) until(ctx context.Context, path string, lacking bool) error {
 	return fmt.Errorf("the daemon does not see what happened to %s: %w", path, err)
 }
 
-// paths shows what the operator sees.
-func (d *demo) paths(context.Context) error {
-	fmt.Print("\n$ wayout paths\n\n")
-	cmd, err := d.world.Host.Start(lab.Program{
-		Path: d.binary, Args: []string{"paths", "--config", d.config}, Stdout: os.Stdout, Stderr: os.Stderr,
-	})
+// wrongDial has the daemon do what it must never do.
+func (d *demo) wrongDial(context.Context) error {
+	before := d.requests()
+	target := lab.OriginAddr4 + ":80"
+	fmt.Printf("\nA deliberately wrong dial: the mark of one path, the address of another.\n\n$ wayout doctor --prove-guard out/fra-1 %s\n", target)
+	if err := d.command("doctor", "--config", d.config, "--prove-guard", "out/fra-1", target); err != nil {
+		return err
+	}
+	if now := d.requests(); now != before {
+		return fmt.Errorf("the origin saw %d requests more", now-before)
+	}
+	return nil
+}
+
+// requests counts what the origin has seen.
+func (d *demo) requests() int {
+	n := 0
+	for _, c := range d.origin.Sources() {
+		n += c
+	}
+	return n
+}
+
+// command runs the program on the host, for its output to be seen.
+func (d *demo) command(args ...string) error {
+	cmd, err := d.world.Host.Start(lab.Program{Path: d.binary, Args: args, Stdout: os.Stdout, Stderr: os.Stderr})
 	if err != nil {
 		return err
 	}
 	return cmd.Wait()
+}
+
+// paths shows what the operator sees: the kernel's counters, and beside them
+// what the origin has counted.
+func (d *demo) paths(context.Context) error {
+	fmt.Print("\n$ wayout paths\n\n")
+	if err := d.command("paths", "--config", d.config); err != nil {
+		return err
+	}
+	fmt.Print("\nRequests that the origin has seen, by their source:\n\n")
+	seen := d.origin.Sources()
+	for _, a := range slices.SortedFunc(maps.Keys(seen), netip.Addr.Compare) {
+		fmt.Printf("  %3d  %s\n", seen[a], a)
+	}
+	return nil
 }
