@@ -184,11 +184,16 @@ static __always_inline __u32 headers(const struct __sk_buff *skb, __u32 *extra)
 	if (proto == IPPROTO_UDP)
 		return net + 8;
 	if (proto == IPPROTO_TCP) {
-		__u8 *tcp = data + net + *extra;
+		/*
+		 * The data's offset in words is the byte's upper half. Not by a
+		 * pointer: adding a length to one takes CAP_PERFMON, as does a
+		 * stack slot that is written in part.
+		 */
+		__u64 offset = 0;
 
-		if ((void *)tcp + 20 > end)
+		if (bpf_skb_load_bytes(skb, net + *extra + 12, &offset, 1))
 			return 0;
-		return net + (tcp[12] >> 4) * 4;
+		return net + (offset >> 4) * 4;
 	}
 	return 0;
 }

@@ -106,7 +106,6 @@ func probeFeatures(trial func(*tables) error) []Feature {
 	var t tables
 	loaded := trial(&t)
 	defer t.Close()
-	const newer = "run a newer kernel"
 	all := []Feature{}
 	for _, f := range []struct {
 		name, since, need string
@@ -127,11 +126,11 @@ func probeFeatures(trial func(*tables) error) []Feature {
 		}},
 		{"wayout's programs", "5.15", NeedAll, func() error { return loaded }},
 	} {
-		err := loaded
+		err, remedy := loaded, "get the right to use bpf() first"
 		if !errors.Is(loaded, errNoRights) {
-			err = plain(f.probe())
+			err, remedy = plain(f.probe()), "run a newer kernel"
 		}
-		all = append(all, feature(Feature{Name: f.name, Since: f.since, Need: f.need, Remedy: newer}, err))
+		all = append(all, feature(Feature{Name: f.name, Since: f.since, Need: f.need, Remedy: remedy}, err))
 	}
 	return all
 }

@@ -82,7 +82,7 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 			}
 			// Its connections would hang: the kernel does not end them.
 			if state, why := s.Has(addr, ""); addr.IsValid() && state == netcfg.Absent {
-				if n := path.Kill(addr, fmt.Errorf("%w: %s", selection.ErrBind, why)); n > 0 {
+				if n := path.Kill(addr, selection.Refuse(selection.ErrDown, "path %s is down for %s: %s", path.Name, f, why)); n > 0 {
 					r.log.Warn("connections ended", "path", path.Name, "connections", n, "reason", why)
 				}
 			}

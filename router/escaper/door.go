@@ -139,7 +139,9 @@ func (t *Table) choose(r *Request) (choice, error) {
 		return c, err
 	}
 	r.Selection.Entries(func(e selection.Entry, src selection.Source) bool {
-		if e.Escaper != r.Escaper {
+		// The operator's maps hold for all servers, so they may well name
+		// escapers that this request has nothing to do with.
+		if e.Escaper != r.Escaper && src.ByClient() {
 			r.Choice = Choice{Source: src, Asked: e.Value.String()}
 			err = selection.Refuse(selection.ErrNotPassed, "the request does not pass escaper %s, only %s", e.Escaper, r.Escaper)
 		}

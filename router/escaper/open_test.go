@@ -91,7 +91,7 @@ func TestRefusals(t *testing.T) {
 		{name: "strict index zero", sel: byClient(index(0)), to: ok4, want: selection.ErrUnknown},
 		{name: "not passed", sel: byClient(id("closed", "four")), to: ok4, want: selection.ErrNotPassed, text: "does not pass escaper closed"},
 		{name: "not passed beside a good one", sel: byClient(id("out", "four"), id("closed", "four")), to: ok4, want: selection.ErrNotPassed},
-		{name: "the operator's map is held to it too", sel: selection.Selection{User: selection.Layer{id("closed", "four")}}, to: ok4, want: selection.ErrNotPassed},
+		{name: "the operator's map may name what other servers pass", sel: selection.Selection{User: selection.Layer{id("closed", "four")}}, to: bad4, want: escaper.ErrProhibited, choice: escaper.Choice{Source: selection.SourcePolicy}},
 		{name: "disabled", server: "closed", sel: byClient(id("closed", "four")), to: ok4, want: selection.ErrDisabled, text: "escaper closed"},
 		{name: "disabled for user names", server: "closed", sel: selection.Selection{Username: selection.Layer{id("closed", "four")}}, to: ok4, want: selection.ErrDisabled},
 		{name: "forbidden", allow: allow, sel: byClient(id("out", "half")), to: ok6, want: selection.ErrForbidden, text: "path out/half"},

@@ -205,10 +205,9 @@ func (f fault) fieldError() string {
 // status is what the fault gets when a client's request has it.
 func (f fault) status() int {
 	switch f {
-	case faultHeadTooLarge, faultTooManyFields, faultTrailerTooLarge:
+	// The target is a part of the head: one status for all of it.
+	case faultHeadTooLarge, faultTargetTooLong, faultTooManyFields, faultTrailerTooLarge:
 		return http.StatusRequestHeaderFieldsTooLarge
-	case faultTargetTooLong:
-		return http.StatusRequestURITooLong
 	case faultHeadTimeout, faultBodyTimeout:
 		return http.StatusRequestTimeout
 	case faultVersionUnsupported:

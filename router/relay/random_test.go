@@ -188,7 +188,7 @@ func (p *peer) receive() {
 		p.read += n
 		if err != nil {
 			p.over = true
-			if err != io.EOF {
+			if !errors.Is(err, io.EOF) {
 				p.out.err = err
 			}
 		}
@@ -252,7 +252,7 @@ func byCopy(_ testing.TB, a, b *net.TCPConn, toB, toA []byte, done chan<- relay.
 					*n += int64(k)
 				}
 			}
-			if e == io.EOF {
+			if errors.Is(e, io.EOF) {
 				_ = dst.CloseWrite()
 				return
 			}

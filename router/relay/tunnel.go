@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"errors"
 	"math"
 
 	"golang.org/x/sys/unix"
@@ -222,7 +223,7 @@ func (t *Tunnel) copyOnce(dir int) bool {
 	b := t.w.buf
 	n, err := read(int(t.fd[dir]), b)
 	switch {
-	case err == unix.EAGAIN:
+	case errors.Is(err, unix.EAGAIN):
 		return false
 	case err != nil:
 		t.fail(dir, "read", err)
@@ -233,7 +234,7 @@ func (t *Tunnel) copyOnce(dir int) bool {
 	}
 	t.last = t.w.now
 	m, err := write(int(t.fd[1-dir]), b[:n])
-	if err != nil && err != unix.EAGAIN {
+	if err != nil && !errors.Is(err, unix.EAGAIN) {
 		t.fail(1-dir, "write", err)
 		return false
 	}
@@ -274,9 +275,9 @@ func (t *Tunnel) spliceOnce(dir int) bool {
 	}
 	n, err := splice(int(t.fd[dir]), d.pipe.w, t.w.e.share())
 	switch {
-	case err == unix.EAGAIN:
+	case errors.Is(err, unix.EAGAIN):
 		return false
-	case err == unix.EINVAL:
+	case errors.Is(err, unix.EINVAL):
 		d.splice, d.copies = false, true
 		return true
 	case err != nil:
@@ -308,7 +309,7 @@ func (t *Tunnel) drain(dir int) bool {
 		d.pipe = nil
 	} else {
 		n, err := write(int(t.fd[1-dir]), d.held)
-		if err == unix.EAGAIN {
+		if errors.Is(err, unix.EAGAIN) {
 			return false
 		}
 		if err != nil {
@@ -332,7 +333,7 @@ func (t *Tunnel) drainPipe(dir int) bool {
 	d := &t.dir[dir]
 	for d.pipe.n > 0 {
 		n, err := splice(d.pipe.r, int(t.fd[1-dir]), d.pipe.n)
-		if err == unix.EAGAIN {
+		if errors.Is(err, unix.EAGAIN) {
 			return false
 		}
 		if err == nil && n == 0 {

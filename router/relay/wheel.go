@@ -84,9 +84,10 @@ func (h *wheel) next() (int64, bool) {
 	for k := int64(0); k <= wheelSlots/64; k++ {
 		word := (start/64 + k) % (wheelSlots / 64)
 		set := h.busy[word]
-		if k == 0 {
+		switch k {
+		case 0:
 			set &= ^uint64(0) << (start % 64)
-		} else if k == wheelSlots/64 {
+		case wheelSlots / 64:
 			set &= 1<<(start%64) - 1
 		}
 		if set != 0 {
