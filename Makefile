@@ -39,6 +39,9 @@ fuzz: ## every fuzz target for FUZZTIME each
 
 generate: ## rebuild what is generated and committed (needs clang-14 and libbpf's headers)
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) $(GO) generate ./...
+	UPDATE_GOLDEN=1 $(GO) test -count=1 -run Reference ./router/config
+	{ echo '# Configuration'; echo; echo 'Made by `make generate` from the table that the program itself reads: `wayout check --reference` prints it.'; echo; \
+		$(GO) run ./cmd/wayout check --reference; } >docs/configuration.md
 
 install: build ## install the binary and the unit file below PREFIX
 	install -D -m 0755 bin/wayout $(DESTDIR)$(PREFIX)/bin/wayout

@@ -143,59 +143,51 @@ static __always_inline bool right6(const struct guard *g, __u32 a, __u32 b, __u3
 		 ((c & g->mask6[2]) ^ g->addr6[2]) | ((d & g->mask6[3]) ^ g->addr6[3]));
 }
 
+enum { EXTRA_SHIFT = 16 };
+
 /*
  * Length of the network and transport headers that every segment of a GSO
  * packet repeats, or 0 when the packet is of no kind that is segmented.
  *
  * Extension headers of IPv6 are not looked for but one: the hop-by-hop jumbo
  * header, that the kernel puts before a packet over 64 KiB (BIG TCP) and takes
- * away again when it segments; *extra is its length then.
+ * away again when it segments; its length is returned above EXTRA_SHIFT.
+ *
+ * A function of its own, with loads by offset: pointers on the stack that are
+ * overwritten in part, and lengths added to them, would take CAP_PERFMON.
  */
-static __always_inline __u32 headers(const struct __sk_buff *skb, __u32 *extra)
+static __attribute__((noinline)) __u32 headers(struct __sk_buff *skb)
 {
-	void *data = (void *)(long)skb->data;
-	void *end = (void *)(long)skb->data_end;
-	__u32 net, proto;
+	__u8 at[8] = {};
+	__u32 net, proto, extra = 0;
 
-	*extra = 0;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		struct ipv4 *ip = data;
-
-		if (data + sizeof(*ip) > end)
+		if (bpf_skb_load_bytes(skb, offsetof(struct ipv4, version_ihl), at, 1))
 			return 0;
-		net = (ip->version_ihl & 0x0f) * 4;
-		proto = ip->protocol;
+		net = (at[0] & 0x0f) * 4;
+		if (bpf_skb_load_bytes(skb, offsetof(struct ipv4, protocol), at, 1))
+			return 0;
+		proto = at[0];
 	} else {
-		struct ipv6 *ip = data;
-
-		if (data + sizeof(*ip) + 8 > end)
+		net = sizeof(struct ipv6);
+		if (bpf_skb_load_bytes(skb, offsetof(struct ipv6, nexthdr), at, 1))
 			return 0;
-		net = sizeof(*ip);
-		proto = ip->nexthdr;
+		proto = at[0];
 		if (proto == IPPROTO_HOPOPTS) {
-			__u8 *hop = data + sizeof(*ip);
-
-			if (hop[1] != 0 || hop[2] != IPV6_TLV_JUMBO)
+			if (bpf_skb_load_bytes(skb, net, at, sizeof(at)))
 				return 0;
-			proto = hop[0];
-			*extra = 8;
+			if (at[1] != 0 || at[2] != IPV6_TLV_JUMBO)
+				return 0;
+			proto = at[0];
+			extra = sizeof(at);
 		}
 	}
 	if (proto == IPPROTO_UDP)
-		return net + 8;
-	if (proto == IPPROTO_TCP) {
-		/*
-		 * The data's offset in words is the byte's upper half. Not by a
-		 * pointer: adding a length to one takes CAP_PERFMON, as does a
-		 * stack slot that is written in part.
-		 */
-		__u64 offset = 0;
-
-		if (bpf_skb_load_bytes(skb, net + *extra + 12, &offset, 1))
-			return 0;
-		return net + (offset >> 4) * 4;
-	}
-	return 0;
+		return (net + 8) | extra << EXTRA_SHIFT;
+	if (proto != IPPROTO_TCP || bpf_skb_load_bytes(skb, net + extra + 12, at, 1))
+		return 0;
+	/* The data's offset in words is the upper half of that byte. */
+	return (net + (at[0] >> 4) * 4) | extra << EXTRA_SHIFT;
 }
 
 /*
@@ -203,17 +195,17 @@ static __always_inline __u32 headers(const struct __sk_buff *skb, __u32 *extra)
  * for all of them. A kernel that was handed a GSO packet without the number of
  * its segments (virtio) leaves it to us to work that out.
  */
-static __always_inline void count(const struct __sk_buff *skb, __u64 *bytes, __u64 *packets)
+static __always_inline void count(struct __sk_buff *skb, __u64 *bytes, __u64 *packets)
 {
 	__u64 len = skb->len;
 	__u64 segs = skb->gso_segs;
 	__u32 size = skb->gso_size;
 
 	if (unlikely(segs > 1 || size)) {
-		__u32 extra;
-		__u32 hdr = headers(skb, &extra);
+		__u32 hdr = headers(skb);
 
-		len -= extra;
+		len -= hdr >> EXTRA_SHIFT;
+		hdr &= (1 << EXTRA_SHIFT) - 1;
 		if (!segs && len > hdr)
 			segs = (len - hdr + size - 1) / size;
 		if (segs > 1)
@@ -244,17 +236,35 @@ static __always_inline bool mark_of(const struct __sk_buff *skb, __u32 *mark)
 	return 1;
 }
 
+/* Whether the packet's source is the guard's. */
+static __always_inline bool source(const struct __sk_buff *skb, const struct guard *g)
+{
+	void *data = (void *)(long)*(volatile const __u32 *)&skb->data;
+	void *end = (void *)(long)*(volatile const __u32 *)&skb->data_end;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct ipv4 *ip = data;
+
+		return data + sizeof(*ip) <= end && right4(g, ip->saddr);
+	}
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6 *ip = data;
+
+		return data + sizeof(*ip) <= end &&
+		       right6(g, ip->saddr[0], ip->saddr[1], ip->saddr[2], ip->saddr[3]);
+	}
+	return 0;
+}
+
 enum { DROP, PASS };
 
 SEC("cgroup_skb/egress")
 int egress(struct __sk_buff *skb)
 {
-	void *data = (void *)(long)skb->data;
-	void *end = (void *)(long)skb->data_end;
 	struct counters *c;
 	struct guard *g;
 	__u32 mark, n;
-	bool right = 0;
+	bool right;
 
 	if (!mark_of(skb, &mark))
 		return PASS;
@@ -271,17 +281,7 @@ int egress(struct __sk_buff *skb)
 		COUNT(n, drop_unknown);
 		return DROP;
 	}
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		struct ipv4 *ip = data;
-
-		if (data + sizeof(*ip) <= end)
-			right = right4(g, ip->saddr);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6 *ip = data;
-
-		if (data + sizeof(*ip) <= end)
-			right = right6(g, ip->saddr[0], ip->saddr[1], ip->saddr[2], ip->saddr[3]);
-	}
+	right = source(skb, g);
 	if (unlikely(!right)) {
 		__sync_fetch_and_add(&c->drop_source, 1);
 		return DROP;
@@ -412,12 +412,10 @@ static __always_inline void state_changed(struct counters *c, __u32 was, __u32 i
 {
 	bool opening = was == BPF_TCP_SYN_SENT || was == BPF_TCP_SYN_RECV;
 
-	if (is == BPF_TCP_ESTABLISHED && opening)
-		__sync_fetch_and_add(&c->made, 1);
-	else if (is == BPF_TCP_CLOSE && opening)
-		__sync_fetch_and_add(&c->failed, 1);
-	else if (is == BPF_TCP_CLOSE)
-		__sync_fetch_and_add(&c->closed, 1);
+	/* No branches: the compiler merges them into one pointer and a length (CAP_PERFMON). */
+	__sync_fetch_and_add(&c->made, opening && is == BPF_TCP_ESTABLISHED);
+	__sync_fetch_and_add(&c->failed, opening && is == BPF_TCP_CLOSE);
+	__sync_fetch_and_add(&c->closed, !opening && is == BPF_TCP_CLOSE);
 }
 
 SEC("sockops")

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
+	"strings"
 	"testing"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"wayout/scripts/lab"
 )
@@ -365,5 +368,46 @@ func BenchmarkPacket(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/repeat, "ns/packet")
 		})
+	}
+}
+
+// withRights runs f on a thread that has only these capabilities.
+func withRights(f func() error, caps ...int) error {
+	c := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread goes with its rights
+		var data [2]unix.CapUserData
+		for _, n := range caps {
+			data[n/32].Effective |= 1 << (n % 32)
+			data[n/32].Permitted |= 1 << (n % 32)
+		}
+		if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &data[0]); err != nil {
+			c <- err
+			return
+		}
+		c <- f()
+	}()
+	return <-c
+}
+
+// TestLeastRights loads the programs with two capabilities; without CAP_PERFMON
+// the verifier allows less. With one it says which is missing.
+func TestLeastRights(t *testing.T) {
+	lab.Require(t)
+	load := func() error {
+		k, err := loadTables(testLayout(t, DefaultMask), 1, false)
+		if err != nil {
+			return err
+		}
+		return k.Close()
+	}
+	if err := withRights(load, unix.CAP_BPF, unix.CAP_NET_ADMIN); err != nil {
+		t.Errorf("%+v", err)
+	}
+	for has, want := range map[int]string{unix.CAP_BPF: "lacks CAP_NET_ADMIN", unix.CAP_NET_ADMIN: "lacks CAP_BPF"} {
+		err := withRights(load, has)
+		if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "MEMLOCK") {
+			t.Errorf("with capability %d alone: %v", has, err)
+		}
 	}
 }

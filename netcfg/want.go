@@ -16,6 +16,10 @@ const (
 	metricLast = 0xffffffff
 )
 
+// manyAddresses is from where on single addresses are dear: the kernel's work for
+// each grows with their number (5,000 take a second, 65,000 over ten minutes).
+const manyAddresses = 10_000
+
 // Mark selects packets by their fwmark.
 type Mark struct {
 	Value uint32
@@ -274,6 +278,9 @@ func (w Want) localRoutes(have *Snapshot, u Uplink) []Route {
 func (w Want) addresses(have *Snapshot, u Uplink, link Link, ok bool, out *wish) []Address {
 	if !u.ManageAddresses || !ok {
 		return nil
+	}
+	if n := len(u.Addresses); n > manyAddresses {
+		out.note("uplink %s: the kernel is slow with %d single addresses on an interface; a prefix node holds as many with one route", u.Name, n)
 	}
 	var list []Address
 	seen := make(map[netip.Addr]bool, len(u.Addresses))

@@ -202,7 +202,8 @@ for m in requests:
     head = {"X-Egress-Path": str(m["path"])} if m["path"] else {}
     if m["tunnel"]:
         c = http.client.HTTPConnection(host, int(port), timeout=60)
-        c.set_tunnel(*origin.split(":"), headers=head)
+        name, at = origin.split(":")
+        c.set_tunnel(name, int(at), headers=head)
         c.request("GET", "/x")
     else:
         if kept is None:

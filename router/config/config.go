@@ -30,7 +30,7 @@ import (
 // after it was made.
 type Config struct {
 	Control      Control       `key:"control" meaning:"The control socket."`
-	Metrics      Metrics       `key:"metrics" meaning:"HTTP for the operator: /metrics and /healthz."`
+	Metrics      Metrics       `key:"metrics" meaning:"HTTP for the operator: /metrics, /healthz and a dashboard at /."`
 	Log          Log           `key:"log" meaning:"The log, on standard error."`
 	Accounting   bool          `key:"accounting" type:"switch" default:"on" meaning:"Count and guard packets in the kernel by eBPF. off: run without, and say so at start."`
 	KeepOnStop   bool          `key:"keep_on_stop" type:"switch" default:"off" meaning:"Leave rules, routes and addresses in place on SIGTERM."`
@@ -65,9 +65,9 @@ type Log struct {
 
 // Netcfg says which numbers of the host's kernel are wayout's. 0 stands for the program's own choice.
 type Netcfg struct {
-	MarkMask     uint32 `key:"mark_mask" type:"number" min:"1" meaning:"Bits of the packet mark (fwmark) that are wayout's, as 0x.... Absent: the program's own layout. Leave out what other software on the host matches (Kubernetes 0x4000 and 0x8000, Tailscale 0xff0000)."`
-	TableBase    uint32 `key:"table_base" type:"number" min:"1" max:"4294901760" meaning:"Number of the first uplink's routing table; the next uplinks take the next numbers. Absent: the program's choice."`
-	RulePriority uint32 `key:"rule_priority" type:"number" min:"1" max:"32765" meaning:"Priority of the first routing rule; it has to come before the host's main table (32766). Absent: the program's choice."`
+	MarkMask     uint32 `key:"mark_mask" type:"number" min:"1" meaning:"Bits of the packet mark (fwmark) that are wayout's, as 0x.... At least 9 of them. Absent: 0xff01ffff. Leave out what other software on the host matches (Kubernetes 0x4000 and 0x8000, Tailscale 0xff0000)."`
+	TableBase    uint32 `key:"table_base" type:"number" min:"1" max:"4294901760" meaning:"Number of the first uplink's routing table; 256 from it on are wayout's. Absent: 11900."`
+	RulePriority uint32 `key:"rule_priority" type:"number" min:"1" max:"32765" meaning:"Priority of the first routing rule; 256 from it on are wayout's, all before the rule of the main table (32766). Absent: 11900."`
 }
 
 // DefaultResolver is the name of the resolver of an escaper that names none. One of type system is made by that name when

@@ -132,7 +132,7 @@ func (l *link) parkLocked(now time.Time) {
 	}
 	set.newest = l
 	if !set.armed {
-		l.arm(l.idlers.timeout)
+		l.arm(min(l.idlers.timeout, lookEvery))
 	}
 }
 
@@ -180,15 +180,20 @@ func (g *ledger) arm(d time.Duration) {
 	g.idle.timer.Reset(d)
 }
 
-// sweep closes what has been idle for too long.
+// lookEvery is how often a path looks for idle connections that their far end
+// has closed, which would otherwise hold a descriptor until their time is up.
+const lookEvery = 5 * time.Second
+
+// sweep closes what has been idle for too long and what is dead.
 func (g *ledger) sweep() {
 	now := time.Now()
-	g.closeIdleIf(func(l *link) bool { return !now.Before(l.pos.at.Add(l.idlers.timeout)) })
+	g.closeIdleIf(func(l *link) bool { return !now.Before(l.pos.at.Add(l.idlers.timeout)) || !l.quiet() })
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.idle.armed = false
 	if old := g.idle.oldest; old != nil {
-		g.arm(max(time.Millisecond, old.pos.at.Add(old.idlers.timeout).Sub(now)))
+		left := old.pos.at.Add(old.idlers.timeout).Sub(now)
+		g.arm(min(max(time.Millisecond, left), lookEvery))
 	}
 }
 

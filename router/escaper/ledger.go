@@ -13,7 +13,8 @@ import (
 // ledger is what a path remembers: its state, its counters, and the books of
 // its open connections. It is shared by the Paths that a reload makes of one
 // unchanged path. The lock is the path's own; it is held for a few list
-// operations and never across a system call.
+// operations, and across a system call only where sweep looks at idle
+// connections.
 type ledger struct {
 	state    atomic.Pointer[state]
 	counters counters
