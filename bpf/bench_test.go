@@ -86,7 +86,7 @@ func BenchmarkConnect(b *testing.B) {
 		return nil
 	}
 	compare(b, w, "connects/s", func() (float64, float64) {
-		const n = 1000
+		const n = 200
 		start, used := time.Now(), cpuTime(b)
 		must(b, w.host.Do(func() error {
 			for range n {

@@ -218,7 +218,9 @@ func (e *Engine) Start(s Spec) (*Tunnel, error) {
 	t.dir[1].prefix(s.A, s.ToA)
 	if err := w.add(t); err != nil {
 		reset(s.A)
-		reset(s.B)
+		if s.B != s.A {
+			reset(s.B) // a number given twice must not be closed twice
+		}
 		return nil, err
 	}
 	return t, nil

@@ -345,6 +345,13 @@ func TestStartFails(t *testing.T) {
 		}
 		expectReset(t, a)
 	}
+	a, ra := connect(t)
+	defer a.Close()
+	fd := detach(t, ra)
+	if x, err := e.Start(relay.Spec{A: fd, B: fd}); x != nil || !errors.Is(err, unix.EEXIST) {
+		t.Errorf("one descriptor twice: %v, %v", x, err)
+	}
+	expectReset(t, a)
 	if n := e.Open(); n != 0 {
 		t.Errorf("%d open", n)
 	}

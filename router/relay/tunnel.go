@@ -23,7 +23,7 @@ type tuning struct {
 
 func defaultTuning() tuning {
 	return tuning{
-		buffer: 64 << 10, pipe: 960 << 10, passes: 4,
+		buffer: 64 << 10, pipe: 960 << 10, passes: 8,
 		large: 32 << 10, larges: 2, small: 16 << 10, smalls: 2,
 	}
 }
