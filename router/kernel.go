@@ -34,7 +34,8 @@ type kernel struct {
 	leaf  *bpf.Leaf
 	progs *bpf.Programs
 
-	guards map[uint32]bpf.Guard // in force, by path number
+	guards    map[uint32]bpf.Guard // in force, by path number
+	inherited []uint32             // path numbers of a killed daemon with sockets left, maybe
 }
 
 // instance names what the daemon leaves in cgroups and bpffs, so that its next
@@ -49,8 +50,10 @@ func instance(c *config.Config) string {
 	return fmt.Sprintf("wayout-%016x", h.Sum64())
 }
 
-func netLayout(c *config.Config, mask uint32) netcfg.Layout {
-	l := netcfg.Layout{TableBase: c.Netcfg.TableBase, RulePriority: c.Netcfg.RulePriority, MarkMask: mask}
+// NetLayout is the part of the host's number spaces that a configuration
+// claims.
+func NetLayout(c *config.Config) netcfg.Layout {
+	l := netcfg.Layout{TableBase: c.Netcfg.TableBase, RulePriority: c.Netcfg.RulePriority, MarkMask: markMask(c)}
 	if l.TableBase == 0 {
 		l.TableBase = netcfg.DefaultTableBase
 	}
@@ -63,7 +66,7 @@ func netLayout(c *config.Config, mask uint32) netcfg.Layout {
 // want is the state of the network that the configuration asks for, with the
 // addresses of paths that are on their way out.
 func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
-	w := netcfg.Want{Layout: netLayout(p.config, p.layout.Mask)}
+	w := netcfg.Want{Layout: NetLayout(p.config)}
 	addrs := map[string][]netip.Addr{}
 	for _, path := range slices.Concat(p.table.Paths(), leaving) {
 		if path.Uplink == "" {
@@ -118,6 +121,50 @@ func (r *Router) openKernel() (err error) {
 	return nil
 }
 
+// pinDir is where the programs of a daemon are pinned. It only looks; the
+// error wraps bpf.ErrNotMounted when there is no bpf file system.
+func pinDir(c *config.Config) (string, error) {
+	mount, err := bpf.BPFFS(false)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(mount, "wayout", instance(c)), nil
+}
+
+// pinnedNumbers lists the path numbers that sockets of a killed daemon may
+// still carry: with them its last packets would count as, or be judged by,
+// another path's.
+func pinnedNumbers(c *config.Config) ([]uint32, error) {
+	layout, err := markLayout(c)
+	if err != nil || !c.Accounting {
+		return nil, err
+	}
+	dir, err := pinDir(c)
+	if errors.Is(err, bpf.ErrNotMounted) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return bpf.PinnedNumbers(dir, layout)
+}
+
+// markLayout divides the bits of the mark that are ours.
+func markLayout(c *config.Config) (bpf.Layout, error) {
+	l, err := bpf.NewLayout(markMask(c))
+	if err != nil {
+		return l, fmt.Errorf("netcfg.mark_mask: %w", err)
+	}
+	return l, nil
+}
+
+func markMask(c *config.Config) uint32 {
+	if c.Netcfg.MarkMask == 0 {
+		return bpf.DefaultMask
+	}
+	return c.Netcfg.MarkMask
+}
+
 func (r *Router) loadPrograms() (err error) {
 	k, name := r.kernel, instance(r.o.Config)
 	if k.leaf, err = bpf.MakeLeaf(name); err != nil {
@@ -129,8 +176,11 @@ func (r *Router) loadPrograms() (err error) {
 	} else {
 		o.PinDir = filepath.Join(mount, "wayout", name)
 	}
-	k.progs, err = bpf.Load(o)
-	return err
+	if k.progs, err = bpf.Load(o); err != nil {
+		return err
+	}
+	k.inherited = k.progs.Inherited()
+	return nil
 }
 
 // applyNetwork makes rules, routes and addresses as wished, and waits for the

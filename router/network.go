@@ -3,7 +3,6 @@ package router
 import (
 	"errors"
 	"io"
-	"path/filepath"
 
 	"wayout/bpf"
 	"wayout/netcfg"
@@ -28,7 +27,7 @@ func ApplyNetwork(c *config.Config) (Changes, error) {
 }
 
 func withNetwork(c *config.Config, do func(*netcfg.Netlink, netcfg.Plan) error) (_ Changes, err error) {
-	r, err := New(Options{Config: c, Stderr: io.Discard})
+	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil)
 	if err != nil {
 		return Changes{}, err
 	}
@@ -67,22 +66,12 @@ func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	if err != nil {
 		return Changes{}, err
 	}
-	mount, err := bpf.BPFFS(false)
+	dir, err := pinDir(c)
 	if errors.Is(err, bpf.ErrNotMounted) {
 		return changes, nil
 	}
 	if err != nil {
 		return changes, err
 	}
-	return changes, bpf.Clean(filepath.Join(mount, "wayout", instance(c)))
-}
-
-// NetLayout is the part of the host's number spaces that a configuration
-// claims.
-func NetLayout(c *config.Config) netcfg.Layout {
-	mask := c.Netcfg.MarkMask
-	if mask == 0 {
-		mask = bpf.DefaultMask
-	}
-	return netLayout(c, mask)
+	return changes, bpf.Clean(dir)
 }

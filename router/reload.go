@@ -129,11 +129,21 @@ func gone(old, next *plan) []*escaper.Path {
 	return slices.DeleteFunc(slices.Clone(old.table.Paths()), func(p *escaper.Path) bool { return kept[p.Number] })
 }
 
-// sweep lets go of the paths that a reload took away and that no socket uses
-// any more: their guards, their numbers and their addresses.
+// sweep lets go of the paths that a reload, or a daemon that was killed, left
+// behind and that no socket uses any more: their guards, their numbers and
+// their addresses.
 func (r *Router) sweep() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.kernel.inherited = slices.DeleteFunc(r.kernel.inherited, func(number uint32) bool {
+		if r.inKernel(number) {
+			return false
+		}
+		if err := errors.Join(r.clearGuard(number), r.numbers.Free(number)); err != nil {
+			r.log.Error("path number of an earlier run cannot be let go", "number", number, "err", err)
+		}
+		return true
+	})
 	n := len(r.leaving)
 	r.leaving = slices.DeleteFunc(r.leaving, func(p *escaper.Path) bool {
 		if c := p.Counters(); c.Open > 0 || r.inKernel(p.Number) {

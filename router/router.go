@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -71,23 +72,31 @@ type server struct {
 	listeners []*net.TCPListener
 }
 
-// New builds the daemon of a configuration. It touches nothing of the system:
+// New builds the daemon of a configuration. It changes nothing of the system:
 // its errors are mistakes of the configuration that config.Load cannot see.
 func New(o Options) (*Router, error) {
+	held, err := pinnedNumbers(o.Config)
+	if err != nil {
+		return nil, err
+	}
+	return newRouter(o, held)
+}
+
+// newRouter is New for which the path numbers in held are taken.
+func newRouter(o Options, held []uint32) (*Router, error) {
 	r := &Router{
 		o: o, log: newLogger(o.Stderr, o.Config.Log), door: &escaper.Door{},
 		access:     newAccessLog(o.Stderr, o.Config.Log.Level),
 		hadDefault: map[netcfg.Family]bool{},
 	}
-	mask := o.Config.Netcfg.MarkMask
-	if mask == 0 {
-		mask = bpf.DefaultMask
-	}
-	layout, err := bpf.NewLayout(mask)
+	layout, err := markLayout(o.Config)
 	if err != nil {
-		return nil, fmt.Errorf("netcfg.mark_mask: %w", err)
+		return nil, err
 	}
 	r.numbers = bpf.NewNumbers(layout.MaxPath())
+	if err := r.numbers.Hold(held...); err != nil {
+		return nil, fmt.Errorf("path numbers of an earlier run: %w", err)
+	}
 	if r.plan, err = r.build(o.Config, layout, nil); err != nil {
 		return nil, err
 	}
@@ -146,10 +155,14 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 	if err := r.applyNetwork(ctx); err != nil {
 		return err
 	}
-	if r.relay, err = relay.New(relay.Options{Logger: r.log}); err != nil {
+	// A worker of the relay holds its P while it waits in the kernel: with as
+	// many more, accepts and dials need not wait for one.
+	cores := runtime.GOMAXPROCS(0)
+	if r.relay, err = relay.New(relay.Options{Workers: cores, Logger: r.log}); err != nil {
 		return err
 	}
-	done = append(done, r.relay.Close)
+	runtime.GOMAXPROCS(2 * cores)
+	done = append(done, func() error { runtime.GOMAXPROCS(cores); return r.relay.Close() })
 	if r.servers, err = r.openServers(r.plan, nil); err != nil {
 		return errors.Join(err, closeListeners(r.servers))
 	}

@@ -23,7 +23,7 @@ func check(e *env, args []string) error {
 	}
 	c, err := f.loadConfig()
 	var found []string
-	mistakes := (config.Errors)(nil)
+	mistakes := config.Errors(nil)
 	switch {
 	case errors.As(err, &mistakes) && *f.json:
 		for _, m := range mistakes {

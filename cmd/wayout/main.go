@@ -91,7 +91,7 @@ func report(e *env, err error) int {
 	}
 	// The lines of a configuration's mistakes begin with the file's name, as
 	// editors want them.
-	if mistakes := (config.Errors)(nil); !errors.As(err, &mistakes) {
+	if mistakes := config.Errors(nil); !errors.As(err, &mistakes) {
 		fmt.Fprint(e.stderr, "wayout: ")
 	}
 	fmt.Fprintln(e.stderr, err)

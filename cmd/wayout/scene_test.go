@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -245,7 +246,9 @@ func (s *scene) httpClient(proxy string) *http.Client {
 	u := mustURL(proxy)
 	tr := &http.Transport{
 		Proxy: http.ProxyURL(u), MaxIdleConnsPerHost: 256,
-		Dial: func(_, addr string) (net.Conn, error) { return s.Client.Dial(netip.MustParseAddrPort(addr)) },
+		DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+			return s.Client.Dial(netip.MustParseAddrPort(addr))
+		},
 	}
 	s.t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr, Timeout: time.Minute}
