@@ -73,23 +73,18 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 				continue
 			}
 			cond, reason := r.judge(p, s, path, f)
-			if !path.SetFamilyState(f, cond, reason) || cond == escaper.Up {
-				continue
-			}
-			addr := path.V4
-			if f == selection.V6 {
-				addr = path.V6
-			}
-			// Its connections would hang: the kernel does not end them.
-			if state, why := s.Has(addr, ""); addr.IsValid() && state == netcfg.Absent {
-				if n := path.Kill(addr, selection.Refuse(selection.ErrDown, "path %s is down for %s: %s", path.Name, f, why)); n > 0 {
-					r.log.Warn("connections ended", "path", path.Name, "connections", n, "reason", why)
-				}
+			path.SetFamilyState(f, cond, reason)
+			if cond != escaper.Up {
+				r.killGone(s, path, f)
 			}
 		}
 		if after := path.Status(); after.State != before.State || after.Reason != before.Reason {
 			changed = append(changed, path)
 		}
+	}
+	for _, path := range r.leaving {
+		r.killGone(s, path, selection.V4)
+		r.killGone(s, path, selection.V6)
 	}
 	if len(changed) == 0 {
 		return false
@@ -97,6 +92,25 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 	p.table.Publish()
 	r.logChanges(changed)
 	return true
+}
+
+// killGone ends the connections of an address that is not on the host any
+// more. The kernel does not: they would hang.
+func (r *Router) killGone(s *netcfg.Snapshot, path *escaper.Path, f selection.Family) {
+	addr := path.V4
+	if f == selection.V6 {
+		addr = path.V6
+	}
+	if !addr.IsValid() {
+		return
+	}
+	state, why := s.Has(addr, "")
+	if state != netcfg.Absent {
+		return
+	}
+	if n := path.Kill(addr, selection.Refuse(selection.ErrDown, "path %s is down for %s: %s", path.Name, f, why)); n > 0 {
+		r.log.Warn("connections ended", "path", path.Name, "connections", n, "reason", why)
+	}
 }
 
 func (r *Router) logChanges(changed []*escaper.Path) {

@@ -117,10 +117,15 @@ func (c *conn) await() bool {
 	// way round: one of the two sees the other.
 	c.idle.Store(true)
 	defer c.idle.Store(false)
-	if c.s.draining.Load() {
-		return false
+	var err error
+	if !c.s.draining.Load() {
+		err = c.raw.Read(c.wake)
 	}
-	err := c.raw.Read(c.wake)
+	if c.s.draining.Load() && c.in.buffered() == 0 && c.readErr == nil {
+		// A request that is there already is served: its client, perhaps a new
+		// one, has done nothing wrong.
+		err = c.raw.Control(func(fd uintptr) { c.readable(fd) })
+	}
 	if err != nil || c.readErr != nil || c.in.buffered() == 0 {
 		return false
 	}

@@ -136,6 +136,8 @@ type Server struct {
 	nextID   atomic.Uint32
 	shards   [16]shard
 
+	accepting sync.WaitGroup // calls of Serve
+
 	mu        sync.Mutex // of listeners
 	listeners map[*net.TCPListener]struct{}
 }
@@ -196,8 +198,10 @@ func (s *Server) Serve(l *net.TCPListener) error {
 		return l.Close()
 	}
 	s.listeners[l] = struct{}{}
+	s.accepting.Add(1)
 	s.mu.Unlock()
 	defer func() {
+		defer s.accepting.Done()
 		s.mu.Lock()
 		delete(s.listeners, l)
 		s.mu.Unlock()
@@ -212,7 +216,7 @@ func (s *Server) Serve(l *net.TCPListener) error {
 		switch {
 		case err == nil:
 			pause = 0
-			go s.ServeConn(c, nil)
+			s.begin(c, nil)
 			continue
 		case s.draining.Load():
 			return nil
@@ -244,9 +248,12 @@ func passes(err error) bool {
 }
 
 // ServeConn serves one client connection, which belongs to the server from
-// then on, and returns when it is over or has become a tunnel. pre holds what
-// was read from it already.
-func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) {
+// then on. pre holds what was read from it already.
+func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) { s.begin(tcp, pre) }
+
+// begin counts a connection before it returns, so that a Shutdown that begins
+// later waits for it.
+func (s *Server) begin(tcp *net.TCPConn, pre []byte) {
 	c, err := s.newConn(tcp, pre)
 	if err != nil {
 		// The client has gone before it was looked at.
@@ -254,8 +261,10 @@ func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) {
 		return
 	}
 	sh := s.track(c)
-	c.serve()
-	s.untrack(sh, c)
+	go func() {
+		c.serve()
+		s.untrack(sh, c)
+	}()
 }
 
 func (s *Server) track(t tracked) *shard {
@@ -311,6 +320,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	clear(s.listeners)
 	s.mu.Unlock()
+	s.accepting.Wait() // what they have accepted is counted
 	s.each(tracked.endIdle)
 	for s.open.Load() > 0 {
 		select {

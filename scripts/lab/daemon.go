@@ -19,15 +19,18 @@ type Daemon struct {
 	ready chan struct{}
 	done  chan struct{}
 
-	mu  sync.Mutex
-	log bytes.Buffer
-	err error
+	mu    sync.Mutex
+	grown *sync.Cond // of mu: there is more in the log
+	log   bytes.Buffer
+	err   error
+	ended bool
 }
 
 // StartDaemon runs the program in a namespace and waits until it says that it
 // is ready, so its log has to be at level info.
 func StartDaemon(n *NS, p Program) (*Daemon, error) {
 	d := &Daemon{ready: make(chan struct{}), done: make(chan struct{})}
+	d.grown = sync.NewCond(&d.mu)
 	r, w := io.Pipe()
 	if p.Stderr != nil {
 		p.Stderr = io.MultiWriter(p.Stderr, w)
@@ -44,6 +47,8 @@ func StartDaemon(n *NS, p Program) (*Daemon, error) {
 		err := cmd.Wait()
 		d.mu.Lock()
 		d.err = err
+		d.ended = true
+		d.grown.Broadcast()
 		d.mu.Unlock()
 		w.Close()
 		close(d.done)
@@ -66,6 +71,7 @@ func (d *Daemon) read(r io.Reader) {
 		d.mu.Lock()
 		d.log.Write(in.Bytes())
 		d.log.WriteByte('\n')
+		d.grown.Broadcast()
 		d.mu.Unlock()
 		if !said && isReady(in.Bytes()) {
 			said = true
@@ -88,6 +94,28 @@ func (d *Daemon) Log() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.log.String()
+}
+
+// Await waits until the log satisfies a condition. It is false when the daemon
+// ended, or half a minute passed, before it did.
+func (d *Daemon) Await(ok func(log string) bool) bool {
+	late := false
+	stop := time.AfterFunc(30*time.Second, func() {
+		d.mu.Lock()
+		late = true
+		d.grown.Broadcast()
+		d.mu.Unlock()
+	})
+	defer stop.Stop()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for !ok(d.log.String()) {
+		if d.ended || late {
+			return false
+		}
+		d.grown.Wait()
+	}
+	return true
 }
 
 // PID of the daemon.

@@ -22,6 +22,8 @@ type Program struct {
 	Stdout io.Writer
 	Stderr io.Writer
 	Stdin  io.Reader
+	Dir    string   // working directory, ours when empty
+	Cgroup *os.File // directory of the cgroup (v2) to start in, nil for ours
 
 	// Files are bind-mounted for the program alone: from a path of this
 	// machine (/etc/resolv.conf, say), to its content. The path has to exist.
@@ -31,11 +33,14 @@ type Program struct {
 // Start runs a program in the namespace. It is killed when we end.
 func (n *NS) Start(p Program) (*exec.Cmd, error) {
 	cmd := exec.Command(p.Path, p.Args...)
-	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = p.Env, p.Stdin, p.Stdout, p.Stderr
+	cmd.Env, cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = p.Env, p.Dir, p.Stdin, p.Stdout, p.Stderr
 	// The signal that comes when a parent ends is tied to the thread that
 	// started the child, so that thread has to stay: it parks until the child
 	// has been waited for.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if p.Cgroup != nil {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(p.Cgroup.Fd())
+	}
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked, as in NewNS
