@@ -18,22 +18,23 @@ var ErrRestart = errors.New("cannot be changed by a reload, restart the daemon")
 // still in use. The kernel tells of a socket's end only by its counters.
 const sweepEvery = 2 * time.Second
 
-// Reload puts another configuration in the place of the current one, or logs
-// why it cannot be read. All of the new is built before anything of the old is
-// touched: with an error nothing has changed. Requests under way end by what
-// they began with, and tunnels live on.
-func (r *Router) Reload(c *config.Config, unread error) {
-	err := unread
+// Reload reads the configuration again and puts it in the place of the current
+// one. All of the new is built before anything of the old is touched: with an
+// error, which is logged too, nothing has changed. Requests under way end by
+// what they began with, and tunnels live on.
+func (r *Router) Reload() error {
+	c, err := r.o.Load()
 	if err == nil {
 		err = r.reload(c)
 	}
 	r.counters.Reload(err)
 	if err != nil {
 		r.log.Error("configuration not reloaded", "err", err)
-		return
+		return err
 	}
 	r.log.Info("configuration reloaded", "paths", len(r.door.Table().Paths()))
 	r.socket.Changed()
+	return nil
 }
 
 func (r *Router) reload(c *config.Config) (err error) {

@@ -30,6 +30,8 @@ type Options struct {
 	Config  *config.Config
 	Version string
 	Stderr  io.Writer // of both logs
+	// Load reads the configuration anew, for Reload.
+	Load func() (*config.Config, error)
 	// Notify tells the service manager how far the daemon is ("READY=1",
 	// "STOPPING=1"); nil: nobody to tell.
 	Notify func(state string)
@@ -133,7 +135,7 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 		return err
 	}
 	r.failed = make(chan error, 1)
-	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Prove: r.proveGuard, Version: r.o.Version})
+	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Prove: r.proveGuard, Reload: r.Reload, Version: r.o.Version})
 	go func() { r.fail(r.socket.Serve()) }()
 	done = append(done, r.socket.Close)
 

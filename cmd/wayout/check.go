@@ -21,7 +21,7 @@ func check(e *env, args []string) error {
 	if *reference {
 		return config.Reference(e.stdout)
 	}
-	c, err := f.loadConfig()
+	c, _, err := f.hostConfig()
 	var found []string
 	mistakes := config.Errors(nil)
 	switch {
@@ -32,11 +32,6 @@ func check(e *env, args []string) error {
 		return errors.Join(printFound(e, found), &exitError{code: exitUsage})
 	case err != nil:
 		return err
-	}
-	if c == nil {
-		if c, err = router.FindConfig(); err != nil {
-			return err
-		}
 	}
 	if err := router.CheckConfig(c); err != nil {
 		return &exitError{code: exitUsage, err: err}

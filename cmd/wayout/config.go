@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 
+	"wayout/router"
 	"wayout/router/config"
 	"wayout/router/control"
 )
@@ -32,6 +33,17 @@ func (f *flags) loadConfig() (*config.Config, error) {
 		return nil, &exitError{code: exitUsage, err: err}
 	}
 	return c, nil
+}
+
+// hostConfig is loadConfig with what the host shows in the place of a missing
+// configuration; found says that it came to that.
+func (f *flags) hostConfig() (c *config.Config, found bool, err error) {
+	c, err = f.loadConfig()
+	if err == nil && c == nil {
+		c, err = router.FindConfig()
+		found = err == nil
+	}
+	return c, found, err
 }
 
 // client makes a client of the control socket: --control, else that of the

@@ -46,6 +46,7 @@ func verbs() []verb {
 		{"paths", "[--watch]", "the state of each path", paths},
 		{"drain", "PATH", "no new connections on a path; the open ones live on", drain},
 		{"undrain", "PATH", "give a drained path back", undrain},
+		{"reload", "", "have the daemon read its configuration again, as SIGHUP does", reload},
 		{"plan", "[--config F]", "what apply would change, as ip commands", plan},
 		{"apply", "[--config F]", "make addresses, rules and routes as the configuration wants them", apply},
 		{"clean", "[--config F]", "remove all that is ours from the kernel", clean},

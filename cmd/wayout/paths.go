@@ -88,3 +88,22 @@ func setDrain(e *env, name string, args []string, on bool) error {
 	}
 	return nil
 }
+
+// reload has the daemon read its configuration again.
+func reload(e *env, args []string) error {
+	f := newFlags(e, "reload").withControl().withJSON()
+	if _, err := f.parse(args, 0); err != nil {
+		return err
+	}
+	c, err := f.client()
+	if err != nil {
+		return err
+	}
+	if err := c.Reload(context.Background()); err != nil {
+		return err
+	}
+	if *f.json {
+		return json.NewEncoder(e.stdout).Encode(map[string]bool{"reloaded": true})
+	}
+	return nil
+}

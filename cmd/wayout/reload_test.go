@@ -213,3 +213,20 @@ func TestReloadUnderLoad(t *testing.T) {
 	// What left is let go of: the numbers, the guards and the books.
 	s.until("out/p1", func(p control.Path) bool { return p.Connections.Open <= 8 })
 }
+
+func TestReloadCommand(t *testing.T) {
+	s := newScene(t, true)
+	s.start(nodes(1, 2))
+	s.write(nodes(3))
+	if out, errs, code := s.command("reload", "--config", s.config); code != 0 || out != "" {
+		t.Fatalf("%d %q %q", code, out, errs)
+	}
+	if told := s.ask(lab.Ask{Header: egress("p3")}); told.Status != 200 {
+		t.Errorf("the new path: %d %s", told.Status, told.Body)
+	}
+	s.write(strings.Replace(nodes(3), "p3", "!", 1))
+	_, errs, code := s.command("reload", "--control", s.socket)
+	if code != 1 || !strings.Contains(errs, s.config+":") || !strings.Contains(errs, "escaper[0].nodes[0].id") {
+		t.Errorf("a broken file: %d %q", code, errs)
+	}
+}

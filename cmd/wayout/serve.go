@@ -20,18 +20,19 @@ func serve(e *env, args []string) error {
 	if _, err := f.parse(args, 0); err != nil {
 		return err
 	}
-	c, err := f.loadConfig()
+	c, found, err := f.hostConfig()
 	if err != nil {
 		return err
 	}
-	if c == nil {
-		if c, err = router.FindConfig(); err != nil {
-			return err
-		}
+	if found {
 		printFoundConfig(e.stdout, c)
 	}
 	r, err := router.New(router.Options{
 		Config: c, Version: version, Stderr: e.stderr,
+		Load: func() (*config.Config, error) {
+			c, _, err := f.hostConfig()
+			return c, err
+		},
 		Notify: func(state string) {
 			// Without a service manager there is nobody to tell.
 			_, _ = daemon.SdNotify(false, state)
@@ -54,7 +55,7 @@ func serve(e *env, args []string) error {
 		for s := range signals {
 			switch {
 			case s == unix.SIGHUP:
-				reload(r, f)
+				_ = r.Reload() // it has been logged
 			case ctx.Err() == nil:
 				stop()
 			default:
@@ -63,16 +64,6 @@ func serve(e *env, args []string) error {
 		}
 	}()
 	return r.Run(ctx, now)
-}
-
-// reload reads the configuration again. What is wrong with it is logged, and
-// the daemon goes on as it was.
-func reload(r *router.Router, f *flags) {
-	c, err := f.loadConfig()
-	if err == nil && c == nil {
-		c, err = router.FindConfig()
-	}
-	r.Reload(c, err)
 }
 
 // printFoundConfig prints what the daemon goes by without a configuration.

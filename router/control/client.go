@@ -81,6 +81,11 @@ func (c *Client) Prove(ctx context.Context, path string, target netip.AddrPort) 
 	return p, err
 }
 
+// Reload has the daemon read its configuration again.
+func (c *Client) Reload(ctx context.Context) error {
+	return c.command(ctx, "/reload", Ask{}, &Ask{})
+}
+
 func (c *Client) command(ctx context.Context, verb string, ask Ask, answer any) error {
 	body, err := json.Marshal(ask)
 	if err != nil {

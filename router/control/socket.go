@@ -27,6 +27,7 @@ type Backend struct {
 	Paths   func() Paths
 	Drain   func(path string, on bool) error // ErrUnknownPath
 	Prove   func(path string, target netip.AddrPort) (Proof, error)
+	Reload  func() error
 	Version string
 }
 
@@ -101,6 +102,7 @@ func NewSocket(l net.Listener, b Backend) *Socket {
 	mux.HandleFunc("POST /drain", drain(true))
 	mux.HandleFunc("POST /undrain", drain(false))
 	mux.HandleFunc("POST /prove-guard", command(func(ask Ask) (any, error) { return b.Prove(ask.Path, ask.Target) }))
+	mux.HandleFunc("POST /reload", command(func(ask Ask) (any, error) { return ask, b.Reload() }))
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, map[string]string{"version": b.Version})
 	})
