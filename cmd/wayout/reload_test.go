@@ -224,7 +224,7 @@ func TestReloadCommand(t *testing.T) {
 	if told := s.ask(lab.Ask{Header: egress("p3")}); told.Status != 200 {
 		t.Errorf("the new path: %d %s", told.Status, told.Body)
 	}
-	s.write(strings.Replace(nodes(3), "p3", "!", 1))
+	s.write(strings.Replace(nodes(3), "id: p3", "id: -p3", 1))
 	_, errs, code := s.command("reload", "--control", s.socket)
 	if code != 1 || !strings.Contains(errs, s.config+":") || !strings.Contains(errs, "escaper[0].nodes[0].id") {
 		t.Errorf("a broken file: %d %q", code, errs)

@@ -179,7 +179,8 @@ func connect(c net.Conn, w *way, buf []byte) error {
 		head, after, whole := strings.Cut(string(buf[:n]), "\r\n\r\n")
 		switch {
 		case whole && (len(head) < 12 || head[9:12] != "200"):
-			return fmt.Errorf("answer to CONNECT: %.200q", head)
+			status, _, _ := strings.Cut(head, "\r\n")
+			return fmt.Errorf("answer to CONNECT: %s", status)
 		case whole && after != "":
 			return fmt.Errorf("%d bytes after the answer to CONNECT", len(after))
 		case whole:
