@@ -28,9 +28,10 @@ type plan struct {
 	uplinks   map[string]uplink
 	host      *escaper.Host
 	table     *escaper.Table
-	client    uint32   // mark of listeners and what they accept
-	control   uint32   // mark of the daemon's own traffic
-	taken     []uint32 // path numbers that the plan before does not have
+	door      *escaper.Door // of table, closed until the plan is in force
+	client    uint32        // mark of listeners and what they accept
+	control   uint32        // mark of the daemon's own traffic
+	taken     []uint32      // path numbers that the plan before does not have
 }
 
 // uplink is an uplink with its number, which its table and its mark are made
@@ -46,7 +47,7 @@ type uplink struct {
 // paths.
 func (r *Router) build(c *config.Config, layout bpf.Layout, prior *plan) (_ *plan, err error) {
 	p := &plan{
-		config: c, layout: layout, host: &escaper.Host{},
+		config: c, layout: layout, host: &escaper.Host{}, door: &escaper.Door{},
 		resolvers: map[string]*resolve.Resolver{}, groups: map[string]*auth.Group{}, uplinks: map[string]uplink{},
 	}
 	defer func() {

@@ -309,7 +309,8 @@ func (r *Router) onChange(s *netcfg.Snapshot) {
 	if _, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log); err != nil {
 		r.log.Error("network state cannot be put back", "err", err)
 	}
-	// Guards first: a path that comes up must find its own.
+	r.setSources(r.plan, s)
+	// Guards before states: a path that comes up must find its own.
 	if err := r.setGuards(r.plan, s); err != nil {
 		r.log.Error("guards cannot be set", "err", err)
 	}
@@ -336,8 +337,10 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 				g.IfIndex = i
 			}
 		}
-		g.V4 = guarded(path.V4, path.Unbound&selection.V4 != 0, netip.IPv4Unspecified())
-		g.V6 = guarded(path.V6, path.Unbound&selection.V6 != 0, netip.IPv6Unspecified())
+		g.V4, g.V6 = guarded(path.Source(selection.V4)), guarded(path.Source(selection.V6))
+		if !g.V4.IsValid() && !g.V6.IsValid() {
+			continue // its interface has no address: a number without a guard sends nothing
+		}
 		if old, ok := r.kernel.guards[path.Number]; !ok || old != g {
 			changed = append(changed, bpf.Entry{Num: path.Number, Guard: g})
 		}
@@ -355,14 +358,11 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 }
 
 // guarded is what a path may send as its source in one family.
-func guarded(a netip.Addr, unbound bool, zero netip.Addr) netip.Prefix {
-	switch {
-	case a.IsValid():
-		return netip.PrefixFrom(a, a.BitLen())
-	case unbound: // held by its interface alone
-		return netip.PrefixFrom(zero, 0)
+func guarded(a netip.Addr) netip.Prefix {
+	if !a.IsValid() {
+		return netip.Prefix{}
 	}
-	return netip.Prefix{}
+	return netip.PrefixFrom(a, a.BitLen())
 }
 
 // device is the interface that a path has to leave by, "" when main routing

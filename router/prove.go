@@ -19,7 +19,7 @@ var errLeak = errors.New("the guard let it out")
 // datagram with the mark of a path and the address of another. It says how the
 // kernel refused them; if it did not, that is the error.
 func (r *Router) proveGuard(name string, target netip.AddrPort) (control.Proof, error) {
-	t := r.door.Table()
+	t := r.current.Load()
 	if t == nil {
 		return control.Proof{}, escaper.ErrClosed
 	}

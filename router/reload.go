@@ -32,7 +32,7 @@ func (r *Router) Reload() error {
 		r.log.Error("configuration not reloaded", "err", err)
 		return err
 	}
-	r.log.Info("configuration reloaded", "paths", len(r.door.Table().Paths()))
+	r.log.Info("configuration reloaded", "paths", len(r.current.Load().Paths()))
 	r.socket.Changed()
 	return nil
 }
@@ -75,6 +75,7 @@ func (r *Router) reload(c *config.Config) (err error) {
 	if have, err = r.kernel.net.Read(); err != nil {
 		return err
 	}
+	r.setSources(p, have)
 	if err := r.setGuards(p, have); err != nil {
 		return err
 	}
@@ -84,12 +85,16 @@ func (r *Router) reload(c *config.Config) (err error) {
 	drained := r.servers
 	r.plan, r.want, r.leaving, r.servers = p, want, leaving, servers
 	r.judgeAll(p, have)
-	r.door.Swap(p.table)
+	r.current.Store(p.table)
+	p.door.Swap(p.table)
 	for _, s := range servers {
 		r.serve(s)
 	}
 	r.draining.Go(func() {
 		r.stopServers(r.cut, drained)
+		// Until here the old front ends went by all that they knew: users, maps
+		// and paths of one configuration. What only that had is over now.
+		old.door.Swap(p.table)
 		if err := old.close(p); err != nil {
 			r.log.Error("the old configuration does not close", "err", err)
 		}

@@ -42,10 +42,11 @@ type Router struct {
 	o       Options
 	log     *slog.Logger
 	numbers *bpf.Numbers
-	door    *escaper.Door
+	current atomic.Pointer[escaper.Table] // of plan, for who only looks
 	plan    *plan
 	want    netcfg.Want
 	relay   *relay.Engine
+	limits  *limits
 	access  *accessLog
 
 	counters  *control.Counters
@@ -87,7 +88,7 @@ func New(o Options) (*Router, error) {
 // newRouter is New for which the path numbers in held are taken.
 func newRouter(o Options, held []uint32) (*Router, error) {
 	r := &Router{
-		o: o, log: newLogger(o.Stderr, o.Config.Log), door: &escaper.Door{},
+		o: o, log: newLogger(o.Stderr, o.Config.Log),
 		access:     newAccessLog(o.Stderr, o.Config.Log.Level),
 		hadDefault: map[netcfg.Family]bool{},
 	}
@@ -157,6 +158,10 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 	if err := r.applyNetwork(ctx); err != nil {
 		return err
 	}
+	if r.limits, err = openLimits(r.log); err != nil {
+		return err
+	}
+	done = append(done, r.limits.close)
 	// A worker of the relay holds its P while it waits in the kernel: with as
 	// many more, accepts and dials need not wait for one.
 	cores := runtime.GOMAXPROCS(0)
@@ -173,8 +178,9 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 		return errors.Join(err, closeListeners(r.servers))
 	}
 	done = append(done, stopWatch)
-	r.door.Swap(r.plan.table)
-	done = append(done, func() error { r.door.Swap(nil); return nil })
+	r.plan.door.Swap(r.plan.table)
+	r.current.Store(r.plan.table)
+	done = append(done, func() error { r.plan.door.Swap(nil); return nil })
 	cut, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	r.cut = cut
@@ -241,7 +247,7 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 				Idle: sc.PipelineReadIdleTimeout, Head: sc.ReqHeaderRecvTimeout, Auth: sc.AuthTimeout,
 				Response: sc.RspHeaderRecvTimeout, Stall: sc.BodyStallTimeout, Write: sc.SendTimeout, TunnelIdle: sc.TunnelIdleTimeout,
 			},
-			Open: r.door.Open, Relay: r.relay, Logger: r.log,
+			Open: p.door.Open, Relay: r.relay, Logger: r.log,
 			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)),
 		})
 		if err != nil {
@@ -335,7 +341,7 @@ func (r *Router) listening() []netip.AddrPort {
 
 // drain takes a path out of use for new connections, or gives it back.
 func (r *Router) drain(name string, on bool) error {
-	t := r.door.Table()
+	t := r.current.Load()
 	if t == nil {
 		return escaper.ErrClosed
 	}

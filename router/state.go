@@ -32,13 +32,16 @@ func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f select
 		if state != netcfg.Present {
 			return escaper.Down, reason
 		}
-	default: // by its interface alone
+	default: // by its interface alone: by an address that is on it
 		l, ok := s.Link(device)
 		if !ok {
 			return escaper.Down, "interface " + device + " does not exist"
 		}
 		if !l.Up {
 			return escaper.Down, l.Reason
+		}
+		if !path.Source(f).IsValid() {
+			return escaper.Down, fmt.Sprintf("interface %s has no %s address to send from", device, family)
 		}
 	}
 	if hasUplink {
@@ -48,6 +51,45 @@ func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f select
 		return escaper.Down, fmt.Sprintf("the host's default route for %s is gone", family)
 	}
 	return escaper.Up, ""
+}
+
+// interfaceAddr chooses an address of an interface to send from: the one in
+// use while it is good, else the first of those that reach beyond the link.
+func interfaceAddr(s *netcfg.Snapshot, l netcfg.Link, f selection.Family, now netip.Addr) netip.Addr {
+	var best netip.Addr
+	for a, places := range s.Addrs {
+		if selection.FamilyOf(a) != f || !a.IsGlobalUnicast() {
+			continue
+		}
+		for _, p := range places {
+			good := p.LinkIndex == l.Index && !p.LinkScope && !p.Tentative && !p.DadFailed && !p.Deprecated
+			switch {
+			case !good:
+			case a == now:
+				return now
+			case !best.IsValid() || a.Less(best):
+				best = a
+			}
+		}
+	}
+	return best
+}
+
+// setSources gives the paths that have only an interface an address of it.
+func (r *Router) setSources(p *plan, s *netcfg.Snapshot) {
+	for _, path := range p.table.Paths() {
+		for _, f := range []selection.Family{selection.V4, selection.V6} {
+			if path.Unbound&f == 0 {
+				continue
+			}
+			was := path.Source(f)
+			l, _ := s.Link(path.Interface) // without it there is no address
+			if now := interfaceAddr(s, l, f, was); now != was {
+				path.SetSource(f, now)
+				r.killGone(s, path, f, was)
+			}
+		}
+	}
 }
 
 // judgeAll brings the states of all paths in line with a snapshot, ends the
@@ -75,7 +117,7 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 			cond, reason := r.judge(p, s, path, f)
 			path.SetFamilyState(f, cond, reason)
 			if cond != escaper.Up {
-				r.killGone(s, path, f)
+				r.killGone(s, path, f, path.Source(f))
 			}
 		}
 		if after := path.Status(); after.State != before.State || after.Reason != before.Reason {
@@ -83,8 +125,8 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 		}
 	}
 	for _, path := range r.leaving {
-		r.killGone(s, path, selection.V4)
-		r.killGone(s, path, selection.V6)
+		r.killGone(s, path, selection.V4, path.Source(selection.V4))
+		r.killGone(s, path, selection.V6, path.Source(selection.V6))
 	}
 	if len(changed) == 0 {
 		return false
@@ -96,11 +138,7 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 
 // killGone ends the connections of an address that is not on the host any
 // more. The kernel does not: they would hang.
-func (r *Router) killGone(s *netcfg.Snapshot, path *escaper.Path, f selection.Family) {
-	addr := path.V4
-	if f == selection.V6 {
-		addr = path.V6
-	}
+func (r *Router) killGone(s *netcfg.Snapshot, path *escaper.Path, f selection.Family, addr netip.Addr) {
 	if !addr.IsValid() {
 		return
 	}
@@ -136,7 +174,7 @@ func (r *Router) logChanges(changed []*escaper.Path) {
 // Paths is the state of all paths, as the control socket tells it.
 func (r *Router) Paths() control.Paths {
 	all := control.Paths{Version: control.PathsVersion, Paths: []control.Path{}}
-	t := r.door.Table()
+	t := r.current.Load()
 	if t == nil {
 		return all
 	}
@@ -150,7 +188,7 @@ func (r *Router) status(p *escaper.Path) control.Path {
 	st, n := p.Status(), p.Counters()
 	c := control.Path{
 		Path: p.Name, Escaper: p.Escaper, ID: p.ID, State: st.State, Reason: st.Reason, Since: st.Since.UTC(),
-		IPv4: addrText(p.V4), IPv6: addrText(p.V6), Uplink: text(p.Uplink), Interface: text(r.plan.device(p)), Weight: int(p.Weight),
+		IPv4: addrText(p.Source(selection.V4)), IPv6: addrText(p.Source(selection.V6)), Uplink: text(p.Uplink), Interface: text(r.plan.device(p)), Weight: int(p.Weight),
 		Connections: control.Connections{Open: int64(n.Open), Made: n.Attempts[escaper.ResultOK], Failed: n.Failed(), Closed: n.Closed},
 		Results:     make(map[string]uint64, len(n.Attempts)),
 	}

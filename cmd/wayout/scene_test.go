@@ -22,6 +22,12 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
+	if what := os.Getenv(dialEnv); what != "" {
+		os.Exit(dialFromCgroup(what))
+	}
+	// Programs with the race detector sleep for a second before they end, unless
+	// they are told otherwise.
+	os.Setenv("GORACE", "atexit_sleep_ms=20 "+os.Getenv("GORACE"))
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "wayout-test-")
 		if err != nil {
@@ -114,6 +120,11 @@ func (s *scene) run(p lab.Program) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
+	s.watchOver(d)
+}
+
+// watchOver makes a daemon the scene's: it has to end well, and without a race.
+func (s *scene) watchOver(d *lab.Daemon) {
 	s.daemon = d
 	s.t.Cleanup(func() {
 		select {

@@ -45,7 +45,7 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 		return nil, err
 	}
 	local := localAddr(c)
-	if local.Addr() != from && !from.IsUnspecified() {
+	if local.Addr() != from {
 		// Nothing is known to do this; if something does, no byte leaves.
 		reset(c)
 		p.count(ResultLocal)

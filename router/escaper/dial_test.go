@@ -148,19 +148,26 @@ func TestDeviceGone(t *testing.T) {
 	}
 }
 
-// TestUnbound: a path without an address leaves by its interface.
+// TestUnbound: a path without an address leaves by an address of its
+// interface, and by none before it is told which.
 func TestUnbound(t *testing.T) {
 	o := listen(t, "127.0.0.1:0").hold(t)
 	d := door(t, direct(t, escaper.Options{Nodes: []escaper.NodeOptions{
 		{ID: "lo", Unbound: selection.V4, Interface: "lo", BindToDevice: true, Weight: 1},
 	}}))
-	c, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
-	if err != nil {
-		t.Fatal(err)
+	if _, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{})); !errors.Is(err, selection.ErrFamily) {
+		t.Errorf("without an address: %v", err)
 	}
-	defer c.Close()
-	if saw := o.next(t); saw != c.Source || c.Source.Addr() != addr("127.0.0.1") {
-		t.Errorf("the origin saw %s, the connection says %s", saw, c.Source)
+	for _, source := range []string{"127.0.0.3", "127.0.0.4"} {
+		d.Table().Path("out/lo").SetSource(selection.V4, addr(source))
+		c, err := d.Open(context.Background(), request(literal(o.addr), selection.Selection{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if saw := o.next(t); saw != c.Source || c.Source.Addr() != addr(source) {
+			t.Errorf("the origin saw %s, the connection says %s, want %s", saw, c.Source, source)
+		}
+		_ = c.Close()
 	}
 }
 

@@ -164,7 +164,11 @@ func (d *Direct) build(o *Options) error {
 			p.ledger = old.ledger
 		} else {
 			p.ledger = &ledger{}
-			p.state.Store(p.unknown(now))
+			st := p.unknown(now)
+			// A changed path is a new one, but what the operator said of its
+			// name holds.
+			st.draining = old != nil && old.state.Load().draining
+			p.state.Store(st)
 		}
 		d.paths[i] = p
 		d.given |= p.Given()

@@ -95,11 +95,15 @@ func (d *Door) Swap(t *Table) *Table {
 // Errors wrap one of the sentinels here or in package selection, or
 // context.Canceled when ctx was cancelled, and say path and reason.
 func (d *Door) Open(ctx context.Context, r *Request) (*Conn, error) {
-	r.Choice = Choice{}
 	t := d.table.Load()
 	if t == nil {
 		return nil, ErrClosed
 	}
+	if was := r.Retry; was != nil {
+		c := choice{d: was.Path.d, p: was.Path, want: selection.FamilyOf(was.Source.Addr())}
+		return c.open(ctx, r)
+	}
+	r.Choice = Choice{}
 	c, err := t.choose(r)
 	if err != nil {
 		return nil, err

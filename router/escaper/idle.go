@@ -37,6 +37,7 @@ func (i *Idle) Len() int { return int(i.n.Load()) }
 // path aside: each path has its own idleSet.
 type idleKey struct {
 	source netip.Addr
+	group  string
 	user   string
 	host   string // lower case, or "" for a literal
 	addr   netip.Addr
@@ -46,6 +47,7 @@ type idleKey struct {
 func keyOf(r *Request, source netip.Addr) idleKey {
 	return idleKey{
 		source: source,
+		group:  r.Group,
 		user:   r.User,
 		host:   strings.ToLower(r.Target.Host), // no copy where it is lower case
 		addr:   r.Target.Addr,

@@ -52,7 +52,7 @@ type NodeOptions struct {
 	V4, V6 netip.Addr // the zero Addr: none of that family
 
 	// Unbound are the families that the path serves without an address of its
-	// own, by its interface alone. It needs BindToDevice.
+	// own, by one of its interface's (SetSource). It needs BindToDevice.
 	Unbound selection.Family
 
 	Number       uint32 // the path's number in the kernel's counters; 0: none
@@ -89,6 +89,7 @@ type state struct {
 type side struct {
 	cond   Condition
 	reason string
+	addr   netip.Addr // the source, for a family that the path serves by its interface alone
 }
 
 func (s *state) side(f selection.Family) *side {
@@ -179,19 +180,16 @@ func (p *Path) Given() selection.Family {
 	return selection.FamilyOf(p.V4) | selection.FamilyOf(p.V6) | p.Unbound
 }
 
-// source returns the address to bind for a family: the wildcard one for a
-// family that the path serves by its interface alone, and the zero Addr for
-// one it does not serve, which no socket must ever be bound to.
+// source returns the address to bind for a family: the zero Addr for one that
+// the path does not serve, which no socket must ever be bound to.
 func (p *Path) source(f selection.Family) netip.Addr {
 	switch {
 	case f == selection.V4 && p.V4.IsValid():
 		return p.V4
 	case f == selection.V6 && p.V6.IsValid():
 		return p.V6
-	case f == selection.V4 && p.Unbound&f != 0:
-		return netip.IPv4Unspecified()
-	case f == selection.V6 && p.Unbound&f != 0:
-		return netip.IPv6Unspecified()
+	case p.Unbound&f != 0 && (f == selection.V4 || f == selection.V6):
+		return p.state.Load().side(f).addr
 	}
 	return netip.Addr{}
 }
@@ -208,12 +206,27 @@ func (p *Path) SetFamilyState(f selection.Family, c Condition, reason string) bo
 	if c == Up {
 		reason = ""
 	}
-	changed := p.d.change(p, func(s *state) { *s.side(f) = side{cond: c, reason: reason} })
+	changed := p.d.change(p, func(s *state) { sd := s.side(f); sd.cond, sd.reason = c, reason })
 	if changed && c != Up {
 		p.closeIdle(f)
 	}
 	return changed
 }
+
+// SetSource says which address of its interface a path uses that has none of
+// its own for the family; the zero Addr leaves it without. Idle connections of
+// the address before are closed. For other families it does nothing.
+func (p *Path) SetSource(f selection.Family, addr netip.Addr) {
+	if p.Unbound&f == 0 || p.source(f) == addr || (f != selection.V4 && f != selection.V6) {
+		return
+	}
+	p.d.change(p, func(s *state) { s.side(f).addr = addr })
+	p.closeIdle(f)
+}
+
+// Source returns the address that connections of a family leave from now: the
+// path's own, or else that of its interface; the zero Addr when there is none.
+func (p *Path) Source(f selection.Family) netip.Addr { return p.source(f) }
 
 // Drain lets no new connection begin on the path and closes its idle ones;
 // those in use live on. It is published at once, like Undrain.

@@ -30,7 +30,8 @@ type Request struct {
 	Escaper   string         // the front end's own escaper: where the chain starts
 	Client    netip.AddrPort // who asks
 	Local     netip.AddrPort // the address that the client connected to
-	User      string         // authenticated name, or ""
+	Group     string         // the user group that authenticated, or ""
+	User      string         // the name in it, or ""
 	Allow     *selection.Globs
 	Target    Target
 	Selection selection.Selection
@@ -39,6 +40,10 @@ type Request struct {
 	// user and destination will do as well as a new one. A front end sets it
 	// for forward requests only: a tunnel has its connection to itself.
 	Reuse bool
+
+	// Retry is the connection of an attempt before that came to nothing: the
+	// request leaves by the same path again, and nothing is chosen anew.
+	Retry *Conn
 
 	// Choice is filled by Open, also when Open fails: how far the choice went.
 	Choice Choice

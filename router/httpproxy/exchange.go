@@ -219,7 +219,7 @@ func (x *exchange) authenticate() error {
 	default:
 		return fmt.Errorf("%w: %w", errAuthBusy, err)
 	}
-	x.rec.User, x.req.User = u.Name, u.Name
+	x.rec.User, x.req.User, x.req.Group = u.Name, u.Name, g.Name()
 	x.req.Allow = u.Allow
 	x.req.Selection.User = u.Selection
 	return nil

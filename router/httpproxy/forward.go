@@ -40,7 +40,7 @@ func (x *exchange) forward() outcome {
 		}
 		if again && conn.Reused && x.req.Reuse && isStale(err) {
 			_ = conn.Close()
-			x.req.Reuse = false
+			x.req.Reuse, x.req.Retry = false, conn
 			x.dropHead()
 			x.buildRequest()
 			continue
