@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -23,7 +24,14 @@ func FindConfig() (*config.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the host's addresses: %w", err)
 	}
-	addrs := s.GlobalAddrs()
+	// An address without a way out makes no path.
+	addrs := slices.DeleteFunc(s.GlobalAddrs(), func(a netip.Addr) bool {
+		f, other := netcfg.IPv4, netcfg.IPv6
+		if a.Is6() {
+			f, other = other, f
+		}
+		return !s.DefaultRoute(f) && s.DefaultRoute(other)
+	})
 	if len(addrs) == 0 {
 		return nil, ErrNoAddress
 	}
@@ -49,9 +57,9 @@ func CheckHost(c *config.Config) ([]string, error) {
 	}
 	var found []string
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
-	if lacks, err := lacksNetAdmin(); err != nil {
+	if may, err := Privileged(); err != nil {
 		return nil, err
-	} else if lacks {
+	} else if !may {
 		say("CAP_NET_ADMIN is missing: sockets cannot be marked (run as root)")
 	}
 	managed := map[string]string{} // uplink -> its interface
@@ -98,12 +106,13 @@ func CheckHost(c *config.Config) ([]string, error) {
 	return found, nil
 }
 
-// lacksNetAdmin says whether this process may not do what the daemon must.
-func lacksNetAdmin() (bool, error) {
+// Privileged says whether this process may do what the daemon has to: mark
+// sockets and change the network (CAP_NET_ADMIN).
+func Privileged() (bool, error) {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&hdr, &data[0]); err != nil {
 		return false, fmt.Errorf("read the capabilities: %w", err)
 	}
-	return data[0].Effective&(1<<unix.CAP_NET_ADMIN) == 0, nil
+	return data[0].Effective&(1<<unix.CAP_NET_ADMIN) != 0, nil
 }

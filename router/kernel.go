@@ -111,7 +111,7 @@ func (r *Router) openKernel() (err error) {
 		return err
 	}
 	if k.claim, err = k.net.Claim(); err != nil {
-		return err
+		return fmt.Errorf("%w (give each daemon its own netcfg.mark_mask, table_base and rule_priority)", err)
 	}
 	if !r.o.Config.Accounting {
 		r.log.Warn("accounting is off: the kernel neither counts nor guards")
@@ -136,8 +136,11 @@ func pinDir(c *config.Config) (string, error) {
 // another path's.
 func pinnedNumbers(c *config.Config) ([]uint32, error) {
 	layout, err := markLayout(c)
-	if err != nil || !c.Accounting {
-		return nil, err
+	if err != nil {
+		return nil, &Mistake{err}
+	}
+	if !c.Accounting {
+		return nil, nil
 	}
 	dir, err := pinDir(c)
 	if errors.Is(err, bpf.ErrNotMounted) {

@@ -75,8 +75,8 @@ type server struct {
 	listeners []*net.TCPListener
 }
 
-// New builds the daemon of a configuration. It changes nothing of the system:
-// its errors are mistakes of the configuration that config.Load cannot see.
+// New builds the daemon of a configuration. It changes nothing of the system.
+// Mistakes of the configuration that config.Load cannot see come as *Mistake.
 func New(o Options) (*Router, error) {
 	held, err := pinnedNumbers(o.Config)
 	if err != nil {
@@ -85,8 +85,23 @@ func New(o Options) (*Router, error) {
 	return newRouter(o, held)
 }
 
-// newRouter is New for which the path numbers in held are taken.
-func newRouter(o Options, held []uint32) (*Router, error) {
+// Mistake is an error that only another configuration mends.
+type Mistake struct{ Err error }
+
+// Error implements error.
+func (m *Mistake) Error() string { return m.Err.Error() }
+
+// Unwrap gives what it is about.
+func (m *Mistake) Unwrap() error { return m.Err }
+
+// newRouter is New for which the path numbers in held are taken. Its errors
+// are Mistakes.
+func newRouter(o Options, held []uint32) (_ *Router, err error) {
+	defer func() {
+		if err != nil {
+			err = &Mistake{err}
+		}
+	}()
 	r := &Router{
 		o: o, log: newLogger(o.Stderr, o.Config.Log),
 		access:     newAccessLog(o.Stderr, o.Config.Log.Level),

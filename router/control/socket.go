@@ -52,7 +52,7 @@ func Listen(path string) (net.Listener, error) {
 	if _, err := os.Lstat(path); err == nil {
 		conn, err := net.DialTimeout("unix", path, time.Second)
 		if err == nil {
-			return nil, errors.Join(fmt.Errorf("control socket %s: %w", path, ErrInUse), conn.Close())
+			return nil, errors.Join(fmt.Errorf("control socket %s: %w (give each daemon its own control.socket)", path, ErrInUse), conn.Close())
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("stale control socket: %w", err)
