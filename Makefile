@@ -31,8 +31,10 @@ fmt: ## put the code into its canonical form
 	golangci-lint fmt ./...
 	clang-format-14 -i bpf/*.c bpf/*.h
 
-bench: ## microbenchmarks; BENCH=regexp narrows them
+bench: ## microbenchmarks, and the tests that hot paths make no garbage; BENCH=regexp narrows the former
+	$(GO) test -run 'Alloc' -count=1 ./selection ./router/...
 	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem ./...
+	@echo 'Beside other proxies, from outside (needs root): make build && $(GO) run ./scripts/bench'
 
 fuzz: ## every fuzz target for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) ./scripts/fuzz
@@ -45,7 +47,9 @@ generate: ## rebuild what is generated and committed (needs clang-14 and libbpf'
 
 install: build ## install the binary and the unit file below PREFIX
 	install -D -m 0755 bin/wayout $(DESTDIR)$(PREFIX)/bin/wayout
-	install -D -m 0644 scripts/wayout.service $(DESTDIR)$(PREFIX)/lib/systemd/system/wayout.service
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's,/usr/local/bin,$(PREFIX)/bin,' scripts/wayout.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/wayout.service
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/wayout.service
 
 clean: ## remove what was built
 	rm -rf bin

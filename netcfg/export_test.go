@@ -1,6 +1,7 @@
 package netcfg
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 )
@@ -63,6 +64,47 @@ func KeyOf(r Route) any { return r.key() }
 // IsLastResort is isLastResort.
 func IsLastResort(r Route) bool { return r.isLastResort() }
 
+// EndSocketsAsOld is EndSockets on a kernel below 6.11.
+func (k *Netlink) EndSocketsAsOld(ctx context.Context, m Mark) (int, error) {
+	d, err := k.openDiag(m)
+	if err != nil {
+		return 0, err
+	}
+	defer d.close()
+	return d.end(ctx, m, false)
+}
+
+// Leftover makes one of the sockets that EndSockets leaves; refused says that the
+// kernel would not end it.
+type Leftover struct {
+	State         TCPState
+	Kept, Refused bool
+}
+
+// LeftOver is the error for sockets that are left.
+func LeftOver(list ...Leftover) error {
+	sockets := make([]tcpSocket, len(list))
+	fates := make(map[cookie]fate)
+	for i, l := range list {
+		s := tcpSocket{state: l.State, kept: l.Kept}
+		s.id[sizeofInetDiagID-1] = byte(i)
+		sockets[i], fates[s.cookie()] = s, untried
+		switch {
+		case l.Refused:
+			fates[s.cookie()] = refused
+		case s.orphan():
+			fates[s.cookie()] = untouched
+		}
+	}
+	return leftOver(sockets, fates)
+}
+
+// ParseSocket is parseSocket; matches says whether the socket has the mark.
+func ParseSocket(b []byte, m Mark) (state TCPState, orphan, matches bool, err error) {
+	s, err := parseSocket(b)
+	return s.state, s.orphan(), s.has(m), err
+}
+
 // The parsers, for fuzzing.
 var (
 	ParseLink    = parseLink
@@ -71,10 +113,15 @@ var (
 	ParseRule    = parseRule
 	ParseNFTRule = parseNFTRule
 	ParseClaims  = parseClaims
+	EachMessage  = eachMessage
+	Aggregate    = aggregate
+	Covers       = covers
+	AddressCount = addressCount
 	EncodeAddr   = encodeAddr
 	EncodeRoute  = encodeRoute
 	EncodeRule   = encodeRule
 	MarkMatches  = markMatches
 	ReleaseSince = releaseAtLeast
+	KernelSince  = kernelAtLeast
 	ReadSysctls  = readSysctls
 )

@@ -1,6 +1,7 @@
 package netcfg_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"net/netip"
 	"reflect"
@@ -54,6 +55,9 @@ func messages() map[string][]byte {
 			[]byte{unix.AF_INET6, 0, 64, 0, 0, 0, 0, 1}, u32(0), attr(2, v6...), attr(3, 'l', 'o', 0),
 			attr(6, u32(11965)...), attr(10, u32(0x10000)...), attr(16, u32(0xff0000)...), attr(15, u32(11900)...), attr(21, 119),
 		),
+		"socket": cat(
+			[]byte{unix.AF_INET, 4, 1, 0}, make([]byte, 68), attr(8, 0), attr(15, u32(0x10042)...),
+		),
 		"nft": cat(
 			[]byte{unix.NFPROTO_INET, 0, 0, 0}, attr(unix.NFTA_RULE_TABLE, 'n', 'a', 't', 0), attr(unix.NFTA_RULE_CHAIN, 'p', 'o', 's', 't', 0),
 			attr(unix.NFTA_RULE_EXPRESSIONS|1<<15, attr(unix.NFTA_LIST_ELEM|1<<15, attr(unix.NFTA_EXPR_NAME, 'm', 'a', 's', 'q', 0)...)...),
@@ -93,8 +97,15 @@ func TestParse(t *testing.T) {
 	if want := "inet nat post: masquerade"; err != nil || nft != want {
 		t.Errorf("nftables rule %q, error %v, want %q", nft, err, want)
 	}
+	state, orphan, matches, err := netcfg.ParseSocket(m["socket"], netcfg.Mark{Value: 0x10000, Mask: 0xff0000})
+	if err != nil || state != netcfg.FinWait1 || !orphan || !matches {
+		t.Errorf("socket in %s, orphan %v, marked %v, error %v", state, orphan, matches, err)
+	}
 	for name, b := range m {
 		for n := range b {
+			if _, _, _, err := netcfg.ParseSocket(b[:n], netcfg.Mark{}); n < 72 && err == nil {
+				t.Errorf("%s cut to %d bytes is a socket", name, n)
+			}
 			_, errLink := netcfg.ParseLink(b[:n])
 			_, errAddr := netcfg.ParseAddr(b[:n])
 			_, _, errRoute := netcfg.ParseRoute(b[:n])
@@ -148,6 +159,29 @@ func FuzzParse(f *testing.F) {
 		}
 		if r, ok, err := netcfg.ParseRule(b); ok && (err != nil || !strings.Contains(r.String(), "from")) {
 			t.Errorf("rule %+v, error %v", r, err)
+		}
+	})
+}
+
+func FuzzParseSocket(f *testing.F) {
+	m := netcfg.Mark{Value: 0x10000, Mask: 0xff0000}
+	for _, b := range messages() {
+		f.Add(b)
+		f.Add(cat(u32(uint32(16+len(b))), []byte{20, 0, 2, 0}, u32(1), u32(0), b))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		_, _, matches, err := netcfg.ParseSocket(b, m)
+		if matches && (err != nil || !bytes.Contains(b, []byte{15, 0}) && !bytes.Contains(b, []byte{0, 15})) {
+			t.Errorf("a mark in %x, error %v", b, err)
+		}
+		total := 0
+		err = netcfg.EachMessage(b, func(_ uint16, _ uint32, body []byte) error {
+			total += 16 + len(body)
+			_, _, _, err := netcfg.ParseSocket(body, m)
+			return err
+		})
+		if err == nil && total > len(b) {
+			t.Errorf("messages of %d bytes in %d", total, len(b))
 		}
 	})
 }

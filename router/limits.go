@@ -67,6 +67,7 @@ type limits struct {
 	again time.Time  // not before
 
 	before, quiet int64 // of watch: refused at the last look, looks since it rose
+	goLimit       int64 // to put back; 0: it is as it was
 	stop          chan struct{}
 	done          sync.WaitGroup
 }
@@ -95,14 +96,14 @@ func openLimits(log *slog.Logger) (*limits, error) {
 	if err != nil {
 		return nil, fmt.Errorf("memory limit of the cgroup: %w", err)
 	}
+	l := newLimits(log, int64(min(lim.Cur, math.MaxInt64)))
 	if len(groups) > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		least := int64(math.MaxInt64)
 		for _, g := range groups {
 			least = min(least, g.most)
 		}
-		debug.SetMemoryLimit(least / 4 * 3)
+		l.goLimit = debug.SetMemoryLimit(least / 4 * 3)
 	}
-	l := newLimits(log, int64(min(lim.Cur, math.MaxInt64)))
 	l.memory = memoryOf(groups)
 	if err := l.lookAtFiles(); err != nil {
 		return nil, fmt.Errorf("count the descriptors in use: %w", err)
@@ -120,6 +121,9 @@ func newLimits(log *slog.Logger, files int64) *limits {
 func (l *limits) close() error {
 	close(l.stop)
 	l.done.Wait()
+	if l.goLimit != 0 {
+		debug.SetMemoryLimit(l.goLimit)
+	}
 	return nil
 }
 

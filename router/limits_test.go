@@ -3,7 +3,6 @@ package router
 import (
 	"bytes"
 	"errors"
-	"io"
 	"log/slog"
 	"math"
 	"os"
@@ -135,8 +134,7 @@ func TestGoMemoryLimit(t *testing.T) {
 	if m, err = read(); err != nil || !m.full() {
 		t.Fatalf("with 125 MiB more: %+v, %v", m, err)
 	}
-	runtime.KeepAlive(held)
-	held = nil
+	runtime.KeepAlive(held) // and not beyond
 	runtime.GC()
 	if m, err = read(); err != nil || m.full() {
 		t.Fatalf("with these let go: %+v, %v", m, err)
@@ -209,7 +207,7 @@ func TestOpenFilesAreCounted(t *testing.T) {
 }
 
 func TestLimitsWatchAndClose(t *testing.T) {
-	l, err := openLimits(slog.New(slog.NewTextHandler(io.Discard, nil)))
+	l, err := openLimits(slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package router
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -98,6 +99,7 @@ func (r *Router) reload(c *config.Config) (err error) {
 		if err := old.close(p); err != nil {
 			r.log.Error("the old configuration does not close", "err", err)
 		}
+		debug.FreeOSMemory()
 	})
 	return nil
 }

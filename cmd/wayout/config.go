@@ -46,6 +46,23 @@ func (f *flags) hostConfig() (c *config.Config, found bool, err error) {
 	return c, found, err
 }
 
+// privileged refuses to begin what needs rights that this process lacks.
+func (f *flags) privileged() error {
+	ok, err := router.Privileged()
+	if err == nil && !ok {
+		err = fmt.Errorf("%s needs root, or CAP_NET_ADMIN and CAP_BPF; wayout doctor tells what is missing", f.Name())
+	}
+	return err
+}
+
+// built gives an error of building a configuration its exit code.
+func built(err error) error {
+	if m := (*router.Mistake)(nil); errors.As(err, &m) {
+		return &exitError{code: exitUsage, err: err}
+	}
+	return err
+}
+
 // client makes a client of the control socket: --control, else that of the
 // configuration, else the default one.
 func (f *flags) client() (*control.Client, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 
@@ -43,7 +44,7 @@ func doctor(e *env, args []string) error {
 	if *prove != "" {
 		return proveGuard(e, f, *prove)
 	}
-	if _, err := f.parse(f.Args(), 0); err != nil {
+	if _, err := f.parse(f.Args()); err != nil {
 		return err
 	}
 	c, err := f.loadConfig()
@@ -83,7 +84,8 @@ func doctor(e *env, args []string) error {
 
 // proveGuard asks the daemon for a deliberately wrong attempt.
 func proveGuard(e *env, f *flags, path string) error {
-	rest, err := f.parse(f.Args(), 1)
+	f.form = " --prove-guard PATH"
+	rest, err := f.parse(f.Args(), "ADDRESS:PORT")
 	if err != nil {
 		return err
 	}
@@ -95,9 +97,10 @@ func proveGuard(e *env, f *flags, path string) error {
 	if err != nil {
 		return err
 	}
-	p, err := client.Prove(context.Background(), path, target)
+	ctx := context.Background()
+	p, err := client.Prove(ctx, path, target)
 	if err != nil {
-		return err
+		return explainPath(ctx, client, path, err)
 	}
 	if *f.json {
 		return json.NewEncoder(e.stdout).Encode(p)
@@ -130,8 +133,11 @@ func examineWith(k *netcfg.Netlink, c *config.Config, layout netcfg.Layout) ([]f
 	if err != nil {
 		return nil, err
 	}
-	var all []finding
-	all = append(all, examineFeatures(c)...)
+	rights, err := examineRights()
+	if err != nil {
+		return nil, err
+	}
+	all := append([]finding{rights}, examineFeatures(bpf.Probe(), c.Accounting)...)
 	files, err := examineFiles()
 	if err != nil {
 		return nil, err
@@ -164,20 +170,76 @@ func examineWith(k *netcfg.Netlink, c *config.Config, layout netcfg.Layout) ([]f
 	return all, nil
 }
 
-func examineFeatures(c *config.Config) []finding {
+// examineRights looks for the right that nothing runs without.
+func examineRights() (finding, error) {
+	x := finding{Name: "right to mark sockets and to change the network", Verdict: verdictOK}
+	ok, err := router.Privileged()
+	if err == nil && !ok {
+		x.Verdict, x.Found = verdictBlocker, "this process lacks CAP_NET_ADMIN"
+		x.Remedy = "run as root, or give the unit AmbientCapabilities=CAP_NET_ADMIN CAP_BPF"
+	}
+	return x, err
+}
+
+// examineFeatures says what counters and guard lack. What is missing for one
+// and the same reason is one finding.
+func examineFeatures(features []bpf.Feature, accounting bool) []finding {
 	var all []finding
-	for _, p := range bpf.Probe() {
+	type group struct{ at, more int }
+	why := map[string]group{} // by reason
+	for _, p := range features {
 		x := finding{Name: p.Name, Verdict: verdictOK}
-		if !p.OK {
-			x.Verdict, x.Remedy = verdictBlocker, p.Remedy
-			if p.Need != bpf.NeedAll || !c.Accounting {
-				x.Verdict = verdictAdvice
-			}
-			x.Found = fmt.Sprintf("%v (Linux %s; needed for %s)", p.Err, p.Since, p.Need)
+		if p.OK {
+			all = append(all, x)
+			continue
 		}
+		if g, ok := why[p.Err.Error()]; ok {
+			g.more++
+			why[p.Err.Error()] = g
+			continue
+		}
+		x.Verdict, x.Remedy = verdictBlocker, p.Remedy
+		if p.Need != bpf.NeedAll || !accounting {
+			x.Verdict = verdictAdvice
+		}
+		x.Found = fmt.Sprintf("%v (Linux %s; needed for %s)", p.Err, p.Since, p.Need)
+		if errors.Is(p.Err, bpf.ErrNotMounted) { // its text holds the remedy
+			x.Found = fmt.Sprintf("%v (Linux %s; needed for %s)", bpf.ErrNotMounted, p.Since, p.Need)
+			if name := execNetns(); name != "" {
+				x.Remedy = "in `ip netns exec` /sys is a new mount: use `nsenter --net=/run/netns/" + name + "`"
+			}
+		}
+		why[p.Err.Error()] = group{at: len(all)}
 		all = append(all, x)
 	}
+	for _, g := range why {
+		if g.more > 0 {
+			all[g.at].Name += fmt.Sprintf(", and %d more", g.more)
+		}
+	}
 	return all
+}
+
+// execNetns names the network namespace that this process was put in by
+// `ip netns exec`, which mounts a /sys of that name over the host's, and with
+// that hides what is mounted below; "" when it was not.
+func execNetns() string {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(text)) {
+		// ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [TAG...] - TYPE SOURCE SUPER
+		before, after, _ := strings.Cut(line, " - ")
+		b, a := strings.Fields(before), strings.Fields(after)
+		if len(b) < 5 || len(a) < 2 || b[4] != "/sys" || a[0] != "sysfs" {
+			continue
+		}
+		if _, err := os.Stat("/run/netns/" + a[1]); err == nil {
+			return a[1]
+		}
+	}
+	return ""
 }
 
 // enoughFiles is how many descriptors a busy egress router wants: two for each

@@ -20,7 +20,7 @@ const maxPassword = 4096
 // its hash as the last line of the output.
 func hashPassword(e *env, args []string) error {
 	f := newFlags(e, "hash-password").withJSON()
-	if _, err := f.parse(args, 0); err != nil {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	password, err := readPassword(e)

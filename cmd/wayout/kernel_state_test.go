@@ -47,6 +47,9 @@ func (k *kernelScene) foreign() {
 	}
 }
 
+// unchanged is what plan, apply and clean say when there is nothing to do.
+const unchanged = "nothing to change in addresses, rules and routes\n"
+
 // TestPlanApplyClean compares what plan says with what apply does and with what
 // the ip program makes of the commands; and clean leaves what was there.
 func TestPlanApplyClean(t *testing.T) {
@@ -56,11 +59,11 @@ func TestPlanApplyClean(t *testing.T) {
 	k.write(uplinkConfig(""))
 	before := k.state()
 
-	if out := k.wayout("clean"); out != "" {
+	if out := k.wayout("clean"); out != unchanged {
 		t.Errorf("clean of a host without anything of ours:\n%s", out)
 	}
 	planned := k.wayout("plan")
-	if planned == "" {
+	if planned == unchanged {
 		t.Fatal("nothing is planned")
 	}
 	k.same("plan changes nothing", before)
@@ -101,16 +104,16 @@ func TestPlanApplyClean(t *testing.T) {
 	if lines+addresses != len(commands) || addresses != 2*len(uplinkNodes())-2 {
 		t.Errorf("%d commands, %d of them addresses, made %d rules and routes:\n%s%s", len(commands), addresses, lines, planned, before.difference(after))
 	}
-	if again := k.wayout("plan"); again != "" {
+	if again := k.wayout("plan"); again != unchanged {
 		t.Errorf("the second plan:\n%s", again)
 	}
-	if again := k.wayout("apply"); again != "" {
+	if again := k.wayout("apply"); again != unchanged {
 		t.Errorf("the second apply:\n%s", again)
 	}
 	k.same("apply twice", after)
 	k.wayout("clean")
 	k.same("clean", before)
-	if again := k.wayout("clean"); again != "" {
+	if again := k.wayout("clean"); again != unchanged {
 		t.Errorf("the second clean:\n%s", again)
 	}
 
@@ -121,7 +124,7 @@ func TestPlanApplyClean(t *testing.T) {
 	if d := after.difference(k.state()); d != "" {
 		t.Errorf("the commands by the ip program, beside apply:\n%s", d)
 	}
-	if left := k.wayout("plan"); left != "" {
+	if left := k.wayout("plan"); left != unchanged {
 		t.Errorf("planned after all of it was done by the ip program:\n%s", left)
 	}
 }
@@ -171,7 +174,7 @@ func TestServeMakesAndCleans(t *testing.T) {
 	}
 	nodes := uplinkNodes()
 	k.works("first start", nodes[0], nodes[5])
-	if out := k.wayout("plan"); out != "" {
+	if out := k.wayout("plan"); out != unchanged {
 		t.Errorf("planned while it runs:\n%s", out)
 	}
 	// What is a running daemon's is not cleaned behind its back.

@@ -65,6 +65,9 @@ func run(e *env, args []string) int {
 		usage(e.stderr)
 		return exitUsage
 	}
+	if args[0] == "--version" || args[0] == "-version" {
+		args = append([]string{"version"}, args[1:]...)
+	}
 	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
 		usage(e.stdout)
 		return exitOK
@@ -83,12 +86,9 @@ func report(e *env, err error) int {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return exitOK
 	}
-	code := exitFailed
-	if x := (*exitError)(nil); errors.As(err, &x) {
-		code = x.code
-		if x.err == nil {
-			return code
-		}
+	code := exitCode(err)
+	if x := (*exitError)(nil); errors.As(err, &x) && x.err == nil {
+		return code
 	}
 	// The lines of a configuration's mistakes begin with the file's name, as
 	// editors want them.
@@ -97,6 +97,14 @@ func report(e *env, err error) int {
 	}
 	fmt.Fprintln(e.stderr, err)
 	return code
+}
+
+// exitCode is that of an error: its own, or that of a failure.
+func exitCode(err error) int {
+	if x := (*exitError)(nil); errors.As(err, &x) {
+		return x.code
+	}
+	return exitFailed
 }
 
 func usage(w io.Writer) {
@@ -113,6 +121,7 @@ type flags struct {
 	*flag.FlagSet
 	config, control *string
 	json            *bool
+	form            string // of the command that has arguments: what goes before them
 }
 
 func newFlags(e *env, name string) *flags {
@@ -137,8 +146,8 @@ func (f *flags) withJSON() *flags {
 }
 
 // parse reads the flags wherever they stand and gives the other arguments,
-// of which there must be exactly n.
-func (f *flags) parse(args []string, n int) ([]string, error) {
+// of which there must be one for each of names.
+func (f *flags) parse(args []string, names ...string) ([]string, error) {
 	var rest []string
 	for {
 		if err := f.Parse(args); err != nil {
@@ -150,10 +159,15 @@ func (f *flags) parse(args []string, n int) ([]string, error) {
 		}
 		rest, args = append(rest, args[0]), args[1:]
 	}
-	if len(rest) != n {
-		return nil, usageError("%s takes %d arguments, got %d", f.Name(), n, len(rest))
+	switch {
+	case len(rest) == len(names):
+		return rest, nil
+	case len(names) > 0:
+		return nil, usageError("usage: %s%s %s", f.Name(), f.form, strings.Join(names, " "))
+	case f.config != nil:
+		return nil, usageError("%s takes no arguments, got %q; a configuration is given by --config FILE", f.Name(), rest[0])
 	}
-	return rest, nil
+	return nil, usageError("%s takes no arguments, got %q", f.Name(), rest[0])
 }
 
 // parseError is the error of a command line that package flag has refused.

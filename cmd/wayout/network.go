@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 
 	"wayout/router"
@@ -11,24 +10,37 @@ import (
 
 // plan prints, as ip commands, what apply would do.
 func plan(e *env, args []string) error {
-	return network(e, "plan", args, router.PlanNetwork)
+	f := newFlags(e, "plan").withConfig().withJSON()
+	return network(e, f, args, router.PlanNetwork)
 }
 
 // apply makes addresses, rules and routes as the configuration wants them.
 func apply(e *env, args []string) error {
-	return network(e, "apply", args, router.ApplyNetwork)
+	f := newFlags(e, "apply").withConfig().withJSON()
+	return network(e, f, args, f.withRights(router.ApplyNetwork))
 }
 
 // clean removes all that is ours from the kernel.
 func clean(e *env, args []string) error {
-	return network(e, "clean", args, router.CleanNetwork)
+	f := newFlags(e, "clean").withConfig().withJSON()
+	return network(e, f, args, f.withRights(router.CleanNetwork))
+}
+
+// withRights is do for a process that may do it.
+func (f *flags) withRights(do func(*config.Config) (router.Changes, error)) func(*config.Config) (router.Changes, error) {
+	return func(c *config.Config) (router.Changes, error) {
+		if err := f.privileged(); err != nil {
+			return router.Changes{}, err
+		}
+		return do(c)
+	}
 }
 
 // network runs one of the three and prints the changes that it made, or would
-// make, and what cannot be had.
-func network(e *env, name string, args []string, do func(*config.Config) (router.Changes, error)) error {
-	f := newFlags(e, name).withConfig().withJSON()
-	if _, err := f.parse(args, 0); err != nil {
+// make, and what cannot be had. After a failure it prints no changes: how many
+// of them were made is not known.
+func network(e *env, f *flags, args []string, do func(*config.Config) (router.Changes, error)) error {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	c, err := f.loadConfig()
@@ -39,17 +51,23 @@ func network(e *env, name string, args []string, do func(*config.Config) (router
 		c = config.Default(nil)
 	}
 	changes, err := do(c)
-	if *f.json {
+	if *f.json && err == nil {
 		if changes.Commands == nil {
 			changes.Commands = []string{}
 		}
-		return errors.Join(err, json.NewEncoder(e.stdout).Encode(changes))
-	}
-	for _, line := range changes.Commands {
-		fmt.Fprintln(e.stdout, line)
+		return json.NewEncoder(e.stdout).Encode(changes)
 	}
 	for _, n := range changes.Notes {
 		fmt.Fprintf(e.stderr, "wayout: %s\n", n)
 	}
-	return err
+	if err != nil {
+		return built(err)
+	}
+	for _, line := range changes.Commands {
+		fmt.Fprintln(e.stdout, line)
+	}
+	if len(changes.Commands) == 0 {
+		fmt.Fprintln(e.stdout, "nothing to change in addresses, rules and routes")
+	}
+	return nil
 }

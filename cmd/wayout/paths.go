@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os/signal"
+	"slices"
 	"text/tabwriter"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +19,7 @@ import (
 func paths(e *env, args []string) error {
 	f := newFlags(e, "paths").withControl().withJSON()
 	watch := f.Bool("watch", false, "go on: print again whenever something changes, at least once a second")
-	if _, err := f.parse(args, 0); err != nil {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	c, err := f.client()
@@ -72,7 +73,7 @@ func undrain(e *env, args []string) error { return setDrain(e, "undrain", args, 
 
 func setDrain(e *env, name string, args []string, on bool) error {
 	f := newFlags(e, name).withControl().withJSON()
-	rest, err := f.parse(args, 1)
+	rest, err := f.parse(args, "PATH")
 	if err != nil {
 		return err
 	}
@@ -80,19 +81,35 @@ func setDrain(e *env, name string, args []string, on bool) error {
 	if err != nil {
 		return err
 	}
-	if err := c.Drain(context.Background(), rest[0], on); err != nil {
-		return err
+	ctx := context.Background()
+	if err := c.Drain(ctx, rest[0], on); err != nil {
+		return explainPath(ctx, c, rest[0], err)
 	}
 	if *f.json {
 		return json.NewEncoder(e.stdout).Encode(map[string]any{"path": rest[0], "draining": on})
 	}
+	if on {
+		fmt.Fprintf(e.stdout, "%s is draining\n", rest[0])
+	} else {
+		fmt.Fprintf(e.stdout, "%s is not draining\n", rest[0])
+	}
 	return nil
+}
+
+// explainPath adds to a daemon's refusal what a path is called, when it has
+// none of that name.
+func explainPath(ctx context.Context, c *control.Client, path string, err error) error {
+	p, listErr := c.Paths(ctx)
+	if listErr != nil || slices.ContainsFunc(p.Paths, func(r control.Path) bool { return r.Path == path }) {
+		return err
+	}
+	return fmt.Errorf("%w; a path is ESCAPER/ID; `wayout paths` lists them", err)
 }
 
 // reload has the daemon read its configuration again.
 func reload(e *env, args []string) error {
 	f := newFlags(e, "reload").withControl().withJSON()
-	if _, err := f.parse(args, 0); err != nil {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	c, err := f.client()

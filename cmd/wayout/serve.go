@@ -17,11 +17,14 @@ import (
 // serve runs the daemon in the foreground.
 func serve(e *env, args []string) error {
 	f := newFlags(e, "serve").withConfig()
-	if _, err := f.parse(args, 0); err != nil {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	c, found, err := f.hostConfig()
 	if err != nil {
+		return err
+	}
+	if err := f.privileged(); err != nil {
 		return err
 	}
 	if found {
@@ -39,7 +42,7 @@ func serve(e *env, args []string) error {
 		},
 	})
 	if err != nil {
-		return &exitError{code: exitUsage, err: err}
+		return built(err)
 	}
 
 	// ---- Nothing above this line touches the system. ----

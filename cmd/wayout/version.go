@@ -9,7 +9,7 @@ import (
 // printVersion prints the version of the program.
 func printVersion(e *env, args []string) error {
 	f := newFlags(e, "version").withJSON()
-	if _, err := f.parse(args, 0); err != nil {
+	if _, err := f.parse(args); err != nil {
 		return err
 	}
 	if *f.json {

@@ -20,3 +20,14 @@ func TestCachedVerifyDoesNotAllocate(t *testing.T) {
 		t.Fatalf("%v allocations in a hit", n)
 	}
 }
+
+func TestParseBasicAllocatesTheTextAlone(t *testing.T) {
+	n := testing.AllocsPerRun(1000, func() {
+		if _, _, err := ParseBasic("Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if n > 1 {
+		t.Fatalf("%v allocations, want one for name and password", n)
+	}
+}

@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"reflect"
 	"strconv"
@@ -77,12 +78,13 @@ func names[T any](d *decoder, list []T, name func(*T) string) map[string]int {
 	return lines
 }
 
-// checkNetcfg keeps the uplinks' tables off those that every host has.
+// minMaskBits is how many bits a mark needs for its class, uplink and path number.
+const minMaskBits = 9
+
+// checkNetcfg holds a mask that no mark fits in.
 func (d *decoder) checkNetcfg(c *Config) {
-	base, n := uint64(c.Netcfg.TableBase), uint64(len(c.Uplinks))
-	if base != 0 && base <= 255 && base+n > 253 {
-		at := d.find(d.places[&c.Netcfg], "table_base")
-		d.fail(at, "with %d uplinks it reaches the host's own tables 253 to 255", n)
+	if n := bits.OnesCount32(c.Netcfg.MarkMask); n != 0 && n < minMaskBits {
+		d.fail(d.find(d.places[&c.Netcfg], "mark_mask"), "has %d bits set, and a mark needs at least %d", n, minMaskBits)
 	}
 }
 
@@ -175,10 +177,24 @@ func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper) {
 			}
 			if u.AllowPath != nil {
 				u.Allow, _ = selection.ParseGlobs(u.AllowPath) // each one was parsed before
+				d.checkPatterns(d.find(p, "allow_path"), escapers)
 			}
 			for _, entry := range u.EgressPath {
 				d.checkEntry(d.find(p, "egress_path", "egress_path_id_map"), entry, escapers)
 			}
+		}
+	}
+}
+
+// checkPatterns refuses a pattern that no path can match, because its escaper is none.
+func (d *decoder) checkPatterns(p *place, escapers map[string]*Escaper) {
+	for _, at := range d.items(p) {
+		if _, err := selection.ParseGlobs([]string{at.node.Value}); err != nil {
+			continue // said already
+		}
+		name, _, _ := strings.Cut(at.node.Value, "/")
+		if !strings.Contains(name, "*") && escapers[name] == nil {
+			d.fail(at, "matches nothing: no escaper has the name %s", name)
 		}
 	}
 }

@@ -54,7 +54,7 @@ type Control struct {
 // Metrics is the operator's HTTP listener.
 type Metrics struct {
 	// Listen is the zero AddrPort when metrics are off.
-	Listen netip.AddrPort `key:"listen" type:"ip:port" meaning:"Where /metrics and /healthz answer. Absent: nowhere. Port 0: any free one."`
+	Listen netip.AddrPort `key:"listen" type:"ip:port" meaning:"Where /metrics and /healthz answer, to everyone who can connect. Absent: nowhere. :PORT is all addresses, and PORT alone is refused; port 0 is any free one."`
 }
 
 // Log is the log on standard error.
@@ -66,8 +66,8 @@ type Log struct {
 // Netcfg says which numbers of the host's kernel are wayout's. 0 stands for the program's own choice.
 type Netcfg struct {
 	MarkMask     uint32 `key:"mark_mask" type:"number" min:"1" meaning:"Bits of the packet mark (fwmark) that are wayout's, as 0x.... At least 9 of them. Absent: 0xff01ffff. Leave out what other software on the host matches (Kubernetes 0x4000 and 0x8000, Tailscale 0xff0000)."`
-	TableBase    uint32 `key:"table_base" type:"number" min:"1" max:"4294901760" meaning:"Number of the first uplink's routing table; 256 from it on are wayout's. Absent: 11900."`
-	RulePriority uint32 `key:"rule_priority" type:"number" min:"1" max:"32765" meaning:"Priority of the first routing rule; 256 from it on are wayout's, all before the rule of the main table (32766). Absent: 11900."`
+	TableBase    uint32 `key:"table_base" type:"number" min:"256" max:"4294967039" meaning:"Number of the first uplink's routing table; 256 from it on are wayout's. Absent: 11900."`
+	RulePriority uint32 `key:"rule_priority" type:"number" min:"1" max:"32510" meaning:"Priority of the first routing rule; 256 from it on are wayout's, all before the rule of the main table (32766). Absent: 11900."`
 }
 
 // DefaultResolver is the name of the resolver of an escaper that names none. One of type system is made by that name when

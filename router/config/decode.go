@@ -110,6 +110,9 @@ func (p *place) String() string {
 		return p.up.String() + "[" + strconv.Itoa(p.index) + "]"
 	}
 	key := p.key
+	if secret(key) {
+		key = hidden
+	}
 	if strings.ContainsAny(key, ": \t\r\n") || !validUTF8Print(key) {
 		key = quote(key)
 	}
@@ -193,9 +196,23 @@ func (d *decoder) failGot(p *place, line int, value, format string, args ...any)
 	if key == "" {
 		key = "(the file)"
 	}
-	msg := fmt.Sprintf(format, args...) + ", got " + quote(value)
+	msg := fmt.Sprintf(format, args...)
+	if secret(msg) && secret(value) {
+		msg, _, _ = strings.Cut(msg, ": ") // what follows may repeat the value
+	}
+	if secret(value) {
+		value = hidden
+	}
+	msg += ", got " + quote(value)
 	d.errs = append(d.errs, &Error{File: d.file, Line: max(1, line), Key: key, Msg: msg})
 }
+
+// hidden stands in errors for what may be a password or a part of its hash.
+const hidden = "(hidden)"
+
+// secret says whether a text may be, or hold, a piece of a password's hash: its parts are set apart by $, which nothing
+// else in a configuration has.
+func secret(s string) bool { return strings.Contains(s, "$") }
 
 // got is how an error shows a value.
 func got(n *yaml.Node) string {
@@ -374,17 +391,35 @@ func (d *decoder) keyed(p *place, t *table, k *yaml.Node) int {
 	if f, ok := t.byKey[k.Value]; ok {
 		return f
 	}
+	if spilled(p, k) {
+		return -1
+	}
 	kp := &place{up: p, key: k.Value}
 	if t.later[k.Value] {
 		d.failGot(kp, k.Line, k.Value, "not supported by this version")
 		return -1
 	}
 	if near := nearest(k.Value, t); near != "" {
-		d.failGot(kp, k.Line, k.Value, "unknown key, perhaps %s", near)
+		d.failGot(kp, k.Line, k.Value, "unknown key (perhaps %s is meant)", near)
 		return -1
 	}
 	d.failGot(kp, k.Line, k.Value, "unknown key")
 	return -1
+}
+
+// spilled says whether a key of a map is a piece of the hash beside it, which lacks its quotes and so ends at its first
+// comma. That is said of the hash.
+func spilled(p *place, k *yaml.Node) bool {
+	if !strings.HasPrefix(k.Value, "t=") && !strings.HasPrefix(k.Value, "p=") {
+		return false
+	}
+	for i := 0; i+1 < len(p.node.Content); i += 2 {
+		if v := p.node.Content[i+1]; p.node.Content[i].Value == "password" && v.Style == 0 &&
+			strings.HasPrefix(v.Value, "$argon2") && strings.Count(v.Value, "$") == 3 {
+			return true
+		}
+	}
+	return false
 }
 
 // tooNew says whether the map at p is of a type that this version does not support: its other keys are then not looked

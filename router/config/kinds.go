@@ -347,8 +347,12 @@ func (d *decoder) hash(p *place, _ *field, v reflect.Value) {
 	case p.node.ShortTag() == "!!null":
 		bad = "has no value"
 	case strings.HasPrefix(s, "$argon2id$"):
-		if f := strings.Split(s, "$"); len(f) != 6 || f[2] != "v=19" || !strings.HasPrefix(f[3], "m=") || f[4] == "" || f[5] == "" {
-			bad = "an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH, and needs quotes within {}"
+		f := strings.Split(s, "$")
+		switch {
+		case len(f) == 4 && strings.HasPrefix(f[3], "m="):
+			bad = "the hash is cut at its first comma: within {} it needs quotes"
+		case len(f) != 6 || f[2] != "v=19" || !strings.HasPrefix(f[3], "m=") || f[4] == "" || f[5] == "":
+			bad = "an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH"
 		}
 	case strings.HasPrefix(s, "$2a$"), strings.HasPrefix(s, "$2b$"), strings.HasPrefix(s, "$2y$"):
 		if len(s) != 60 || s[6] != '$' {
@@ -360,7 +364,7 @@ func (d *decoder) hash(p *place, _ *field, v reflect.Value) {
 		bad = "plain text is refused: put what wayout hash-password prints here"
 	}
 	if bad != "" {
-		d.failGot(p, p.node.Line, "(hidden)", "%s", bad)
+		d.failGot(p, p.node.Line, hidden, "%s", bad)
 		return
 	}
 	v.SetString(s)
@@ -449,7 +453,12 @@ func (d *decoder) listenAt(p *place) (netip.AddrPort, bool) {
 	return ap, true
 }
 
+// listen reads one address. PORT alone would mean all of them, with nobody having written that.
 func (d *decoder) listen(p *place, _ *field, v reflect.Value) {
+	if n := p.node.Value; p.node.Kind == yaml.ScalarNode && n != "" && strings.Trim(n, "0123456789") == "" {
+		d.fail(p, "a port alone is not enough: want IP:PORT, or :PORT for all addresses, where everyone who can connect is answered")
+		return
+	}
 	if ap, ok := d.listenAt(p); ok {
 		v.Set(reflect.ValueOf(ap))
 	}

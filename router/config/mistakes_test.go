@@ -45,8 +45,16 @@ func TestSyntax(t *testing.T) {
 		{"flow map not closed", "a: 1\nb: {x: 1\nc: 3\n", "2: not YAML: did not find expected ',' or '}'"},
 		{"indented too far", "a: 1\n b: 2\n", "2: not YAML: mapping values are not allowed in this context"},
 		{"indented too little", "log:\n    level: info\n    format: text\n  x: 1\naccounting: on\n", "4: not YAML: did not find expected key"},
-		{"a map after a list", "- a\nb: c\n", "2: not YAML: did not find expected '-' indicator"},
-		{"tab", "a: 1\nb:\n\t- c\n", "3: not YAML: found character that cannot start any token"},
+		{"a map after a list", "- a\nb: c\n", "2: not YAML: the indentation does not fit the lines above"},
+		{"an item that is indented too little", "a:\n  - b: c\n    d: e\n   f: g\n", "4: not YAML: the indentation does not fit the lines above"},
+		{"tab", "a: 1\nb:\n\t- c\n", "3: not YAML: a tab: indent with spaces"},
+		{"tab after a deeper line", "a:\n  b: 1\n\tc: 2\nd: 3\n", "3: not YAML: a tab: indent with spaces"},
+		{"tab after spaces", "a:\n  b: 1\n \tc: 2\n", "3: not YAML: a tab: indent with spaces"},
+		{"a character that means nothing", "a: 1\nb: @x\n", "2: not YAML: found character that cannot start any token"},
+		{"quote not closed", "a: 1\nb: \"open\nc: 2\nd: 3\n", "2: not YAML: a quote that is opened here is not closed"},
+		{"quote not closed on the first line", "a: 'open\nb: 2\nc: 3\n", "1: not YAML: a quote that is opened here is not closed"},
+		{"quote not closed on the only line", "a: 'open", "1: not YAML: a quote that is opened here is not closed"},
+		{"quote not closed on the last line", "a: 1\nb: 'open\n", "2: not YAML: a quote that is opened here is not closed"},
 		{"unknown anchor", "log: {level: info}\naccounting: *x\n", "2: not YAML: unknown anchor 'x' referenced"},
 		{"no colon", "a: 1\nb\nc: 2\n", "2: not YAML: could not find expected ':'"},
 		{"bracket alone", "a: 1\n\n\nb: ]\n", "4: not YAML: did not find expected node content"},
@@ -82,12 +90,12 @@ func TestMistakes(t *testing.T) {
 		want       []string // w.yaml: goes before each
 	}{
 		// Keys and types.
-		{"unknown key", "acounting: on", []string{`1: acounting: unknown key, perhaps accounting, got "acounting"`}},
+		{"unknown key", "acounting: on", []string{`1: acounting: unknown key (perhaps accounting is meant), got "acounting"`}},
 		{"unknown key, nothing near", "frobnicate: on", []string{`1: frobnicate: unknown key, got "frobnicate"`}},
 		{"unknown key inside", "log:\n  level: info\n  colour: red", []string{`3: log.colour: unknown key, got "colour"`}},
 		{"unknown key in a list", escaper + "server:\n- name: web\n  type: http_proxy\n  listn: 127.0.0.1:1\n  escaper: out", []string{
 			`3: server[0].listen: is required, got ""`,
-			`5: server[0].listn: unknown key, perhaps listen, got "listn"`,
+			`5: server[0].listn: unknown key (perhaps listen is meant), got "listn"`,
 		}},
 		{"later key", "pin: []", []string{`1: pin: not supported by this version, got "pin"`}},
 		{"later key of a server", escaper + server + ", username_params: true}]", []string{`2: server[0].username_params: not supported by this version, got "username_params"`}},
@@ -147,9 +155,15 @@ func TestMistakes(t *testing.T) {
 		{"empty socket path", "control: {socket: ''}", []string{`1: control.socket: is empty, got ""`}},
 		{"mask", "netcfg: {mark_mask: 0x1ffffffff}", []string{`1: netcfg.mark_mask: is out of range 1 to 4294967295, got "0x1ffffffff"`}},
 		{"no mask", "netcfg: {mark_mask: 0}", []string{`1: netcfg.mark_mask: is out of range 1 to 4294967295, got "0"`}},
-		{"octal", "netcfg: {rule_priority: 0100}", []string{`1: netcfg.rule_priority: want a whole number from 1 to 32765, got "0100"`}},
-		{"priority behind main", "netcfg: {rule_priority: 32766}", []string{`1: netcfg.rule_priority: is out of range 1 to 32765, got "32766"`}},
-		{"tables of the host", uplink + "netcfg: {table_base: 252}", []string{`2: netcfg.table_base: with 2 uplinks it reaches the host's own tables 253 to 255, got "252"`}},
+		{"octal", "netcfg: {rule_priority: 0100}", []string{`1: netcfg.rule_priority: want a whole number from 1 to 32510, got "0100"`}},
+		{"priority behind main", "netcfg: {rule_priority: 32766}", []string{`1: netcfg.rule_priority: is out of range 1 to 32510, got "32766"`}},
+		{"priorities reach main's", "netcfg: {rule_priority: 32511}", []string{`1: netcfg.rule_priority: is out of range 1 to 32510, got "32511"`}},
+		{"tables of the host", "netcfg: {table_base: 255}", []string{`1: netcfg.table_base: is out of range 256 to 4294967039, got "255"`}},
+		{"tables beyond the last", "netcfg: {table_base: 4294967040}", []string{`1: netcfg.table_base: is out of range 256 to 4294967039, got "4294967040"`}},
+		{"mask too small", "accounting: on\nnetcfg: {table_base: 300, mark_mask: 0xff}", []string{`2: netcfg.mark_mask: has 8 bits set, and a mark needs at least 9, got "0xff"`}},
+		{"metrics on a bare port", "metrics: {listen: 9180}", []string{
+			`1: metrics.listen: a port alone is not enough: want IP:PORT, or :PORT for all addresses, where everyone who can connect is answered, got "9180"`,
+		}},
 
 		// Names and references.
 		{"name missing", "resolver: [{type: system}]", []string{`1: resolver[0].name: is required, got ""`}},
@@ -210,8 +224,14 @@ func TestMistakes(t *testing.T) {
 			`2: escaper[0].nodes[1].ipv6: an address has no zone here: give the interface by its own key, got "fe80::1%eth0"`,
 		}},
 		{"link-local alone", node + "id: b, ipv6: 'fe80::1'}]}]", []string{`2: escaper[0].nodes[1].ipv6: a link-local address needs an interface or an uplink, got "fe80::1"`}},
-		{"prefix", node + "id: b, ipv6: '2001:db8::/64'}]}]", []string{`2: escaper[0].nodes[1].ipv6: a whole prefix is not supported by this version, got "2001:db8::/64"`}},
-		{"prefix in bind_ip", esc + "bind_ip: [192.0.2.0/24]}]", []string{`1: escaper[0].bind_ip[0]: a whole prefix is not supported by this version, got "192.0.2.0/24"`}},
+		{"prefix", node + "id: b, ipv6: '2001:db8::/64'}]}]", []string{`2: escaper[0].nodes[1].ipv6: a whole prefix is not supported by this version: want an address without /64, got "2001:db8::/64"`}},
+		{"prefix in bind_ip", esc + "bind_ip: [192.0.2.0/24]}]", []string{`1: escaper[0].bind_ip[0]: a whole prefix is not supported by this version: want an address without /24, got "192.0.2.0/24"`}},
+		{"an address with a length", node + "id: b, ipv4: 198.51.100.11/24}]}]", []string{
+			`2: escaper[0].nodes[1].ipv4: a whole prefix is not supported by this version: want an address without /24, got "198.51.100.11/24"`,
+		}},
+		{"a slash and no length", node + "id: b, ipv4: 198.51.100.11/x}]}]", []string{
+			`2: escaper[0].nodes[1].ipv4: a whole prefix is not supported by this version: want an address, got "198.51.100.11/x"`,
+		}},
 		{"range backwards", node + "id: b, ipv4: 192.0.2.9-192.0.2.3}]}]", []string{`2: escaper[0].nodes[1].ipv4: the range ends before it begins, got "192.0.2.9-192.0.2.3"`}},
 		{"range of two families", node + "id: b, ipv4: '192.0.2.9-2001:db8::1'}]}]", []string{
 			`2: escaper[0].nodes[1].ipv4: the ends of a range have to be of one family, got "192.0.2.9-2001:db8::1"`,
@@ -288,6 +308,19 @@ func TestMistakes(t *testing.T) {
 		{"hash cut", escaper + "user_group: [{name: team, users: [{name: alice, password: '$2y$10$N9qo8uLOickgx2ZMR'}]}]", []string{
 			`2: user_group[0].users[0].password: a bcrypt hash has 60 characters, got "(hidden)"`,
 		}},
+		{"hash without quotes", escaper + "user_group: [{name: team, users: [{name: alice, password: $argon2id$v=19$m=65536,t=3,p=1$c2FsdA$aGFzaA}]}]", []string{
+			`2: user_group[0].users[0].password: the hash is cut at its first comma: within {} it needs quotes, got "(hidden)"`,
+		}},
+		{"hash of another form", escaper + "user_group: [{name: team, users: [{name: alice, password: '$argon2id$v=19$m=65536,t=3,p=1$c2FsdA'}]}]", []string{
+			`2: user_group[0].users[0].password: an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH, got "(hidden)"`,
+		}},
+		{"hash as a key", escaper + "user_group: [{name: team, users: [{name: alice, password: '" + hash + "', p=1$c2FsdA$aGFzaA: }]}]", []string{
+			`2: user_group[0].users[0].(hidden): unknown key, got "(hidden)"`,
+		}},
+		{"hash in the wrong place", strings.Replace(user, "alice", "'$argon2id$v=19$m=65536,t=3,p=1$c2FsdA$aGFzaA'", 1) + "egress_path: '$2y$10$N9qo8uLOickgx2ZMR'}]}]", []string{
+			`2: user_group[0].users[0].name: want letters, digits and . _ : - with a letter or digit first, got "(hidden)"`,
+			`2: user_group[0].users[0].egress_path: want a map of escapers, or a string that holds one as a JSON object, got "(hidden)"`,
+		}},
 		{"password missing", escaper + "user_group: [{name: team, users: [{name: alice}]}]", []string{`2: user_group[0].users[0].password: is required, got ""`}},
 		{"users missing", "user_group: [{name: team}]", []string{`1: user_group[0].users: is required, got ""`}},
 		{"colon in a user name", strings.Replace(user, "alice", "'a:b'", 1) + "}]}]", []string{
@@ -340,6 +373,10 @@ func TestMistakes(t *testing.T) {
 		}},
 		{"allow_path", user + "allow_path: [fra-2]}]}]", []string{
 			`2: user_group[0].users[0].allow_path[0]: want ESCAPER/ID, with * for any run of characters within a segment, got "fra-2"`,
+		}},
+		{"allow_path, an escaper that is none", user + "allow_path: ['out/*', 'nope/*', '*ope/x', 'Out/fra-1']}]}]", []string{
+			`2: user_group[0].users[0].allow_path[1]: matches nothing: no escaper has the name nope, got "nope/*"`,
+			`2: user_group[0].users[0].allow_path[3]: matches nothing: no escaper has the name Out, got "Out/fra-1"`,
 		}},
 		{"allow_path, a word", user + "allow_path: out/*}]}]", []string{`2: user_group[0].users[0].allow_path: want a list, got "out/*"`}},
 		{"allow_path, nothing", user + "allow_path: }]}]", []string{`2: user_group[0].users[0].allow_path: want a list, got ""`}},
@@ -483,7 +520,7 @@ server:
     listen: 0.0.0.0:3128
     escaper: out
 `,
-		`2: control.sockt: unknown key, perhaps socket, got "sockt"`,
+		`2: control.sockt: unknown key (perhaps socket is meant), got "sockt"`,
 		`3: accounting: want on, off, true or false, got "perhaps"`,
 		`9: escaper[0].resolver: no resolver has this name, got "sis"`,
 		`10: escaper[0].pick_policy: want random, serial, round_robin, rendezvous or least_conn, got "best"`,

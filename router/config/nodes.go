@@ -56,8 +56,12 @@ func badNodeAddr(a netip.Addr) string {
 
 // parseSpan reads ADDRESS or FIRST-LAST.
 func parseSpan(s string) (span, string) {
-	if strings.Contains(s, "/") {
-		return span{}, "a whole prefix is not supported by this version"
+	if _, length, ok := strings.Cut(s, "/"); ok {
+		bad := "a whole prefix is not supported by this version: want an address"
+		if strings.Trim(length, "0123456789") == "" {
+			bad += " without /" + length
+		}
+		return span{}, bad
 	}
 	from, to, ranged := strings.Cut(s, "-")
 	first, bad := parseAddr(strings.TrimSpace(from))

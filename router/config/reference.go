@@ -8,12 +8,24 @@ import (
 	"unicode/utf8"
 )
 
-// Reference prints all that can be configured, by the tags that the decoder reads: a Markdown table of name, type, unit,
-// default and meaning, in the order of the file, with [] after a list's name.
+// Key is one key that can be configured.
+type Key struct {
+	Name    string `json:"name"` // escaper[].nodes[].id, with [] after a list's name
+	Type    string `json:"type"`
+	Unit    string `json:"unit"`    // what a bare number counts
+	Default string `json:"default"` // in the words of the file, or required
+	Meaning string `json:"meaning"`
+}
+
+// Keys lists all that can be configured, by the tags that the decoder reads, in the order of the file.
+func Keys() []Key { return newDecoder("").keys(nil, "", reflect.TypeFor[Config]()) }
+
+// Reference prints Keys as a Markdown table.
 func Reference(w io.Writer) error {
 	rows := [][5]string{{"name", "type", "unit", "default", "meaning"}}
-	d := newDecoder("")
-	rows = d.reference(rows, "", reflect.TypeFor[Config]())
+	for _, k := range Keys() {
+		rows = append(rows, [5]string{cell(k.Name), cell(k.Type), cell(k.Unit), cell(k.Default), cell(k.Meaning)})
+	}
 	var width [5]int
 	for _, r := range rows {
 		for i, cell := range r {
@@ -43,7 +55,7 @@ func Reference(w io.Writer) error {
 	return nil
 }
 
-func (d *decoder) reference(rows [][5]string, prefix string, t reflect.Type) [][5]string {
+func (d *decoder) keys(list []Key, prefix string, t reflect.Type) []Key {
 	tab := d.table(t)
 	for i := range tab.fields {
 		f := &tab.fields[i]
@@ -66,16 +78,16 @@ func (d *decoder) reference(rows [][5]string, prefix string, t reflect.Type) [][
 		if f.max != "" {
 			meaning += fmt.Sprintf(" From %s to %s.", f.min, f.max)
 		}
-		rows = append(rows, [5]string{cell(name), cell(word), cell(f.unit), cell(def), cell(meaning)})
+		list = append(list, Key{name, word, f.unit, def, meaning})
 		if f.sub != nil {
 			down := name + "."
 			if f.word != "map" {
 				down = name + "[]."
 			}
-			rows = d.reference(rows, down, f.sub)
+			list = d.keys(list, down, f.sub)
 		}
 	}
-	return rows
+	return list
 }
 
 // cell keeps a text within its cell.

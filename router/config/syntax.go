@@ -28,7 +28,8 @@ func (d *decoder) document(data []byte) *yaml.Node {
 	}
 	docs, err := parseYAML(bytes.NewReader(data), 2)
 	if err != nil {
-		d.failFile(yamlLine(data, err), "not YAML: "+yamlMessage(err))
+		line, msg := syntaxError(data, err)
+		d.failFile(line, "not YAML: "+msg)
 		return nil
 	}
 	if len(docs) == 0 || len(docs[0].Content) == 0 || docs[0].Content[0].ShortTag() == "!!null" {
@@ -84,6 +85,45 @@ func badText(data []byte) (line int, what string) {
 		i += n
 	}
 	return 0, ""
+}
+
+// syntaxError is where the library found a fault and what it is, in words that do not need the grammar where it has
+// common causes.
+func syntaxError(data []byte, err error) (int, string) {
+	line, msg := yamlLine(data, err), yamlMessage(err)
+	switch {
+	case strings.Contains(msg, "tab character"):
+		// It tells the line before the tab's.
+		for n := line; n <= line+1; n++ {
+			if tabIndented(data, n) {
+				line = n
+				break
+			}
+		}
+		return line, "a tab: indent with spaces"
+	case msg == "found character that cannot start any token" && tabIndented(data, line):
+		return line, "a tab: indent with spaces"
+	case msg == "did not find expected '-' indicator":
+		return line, "the indentation does not fit the lines above"
+	case msg == "found unexpected end of stream":
+		// The line of a quote on the first line is lost, and that of the end stands for it. The quote is on the last line
+		// only if the text before that is good.
+		before := firstLines(data, line-1)
+		if _, err := parseYAML(bytes.NewReader(before), 1); err != nil && yamlMessage(err) == msg {
+			if whole := bytes.Count(bytes.TrimRight(data, "\r\n"), []byte("\n")) + 1; line == whole {
+				line = 1
+			}
+		}
+		return line, "a quote that is opened here is not closed"
+	}
+	return line, msg
+}
+
+// tabIndented says whether the indentation of a line, counted from 1, holds a tab.
+func tabIndented(data []byte, line int) bool {
+	text := data[len(firstLines(data, line-1)):]
+	indent := text[:len(text)-len(bytes.TrimLeft(text, " \t"))]
+	return bytes.IndexByte(indent, '\t') >= 0
 }
 
 // yamlMessage is the library's text without its own prefix and line.

@@ -221,6 +221,20 @@ func TestHitDoesNotAllocate(t *testing.T) {
 	}
 }
 
+func TestLiteralAllocatesItsAnswerAlone(t *testing.T) {
+	r := warm(t)
+	ctx := context.Background()
+	for _, host := range []string{"192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"} {
+		if n := testing.AllocsPerRun(100, func() {
+			if a, err := r.Lookup(ctx, host, selection.V4|selection.V6); err != nil || len(a.V4)+len(a.V6) != 1 {
+				t.Fatal(a, err)
+			}
+		}); n > 1 {
+			t.Errorf("%s: %v allocations", host, n)
+		}
+	}
+}
+
 func BenchmarkLookup(b *testing.B) {
 	r := warm(b)
 	ctx := context.Background()

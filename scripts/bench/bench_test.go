@@ -1,0 +1,325 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"wayout/scripts/lab"
+)
+
+// The parts are processes of their own, of the test's program here.
+func TestMain(m *testing.M) {
+	if is, err := part(os.Args); is {
+		exit(err)
+	}
+	code := m.Run()
+	if built != "" {
+		if err := os.RemoveAll(filepath.Dir(built)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// built is the program that is measured, once a test has asked for it.
+var built string
+
+func build(t *testing.T) string {
+	t.Helper()
+	if built != "" {
+		return built
+	}
+	dir, err := os.MkdirTemp("", "bench-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, "wayout")
+	if out, err := exec.Command("go", "build", "-o", name, "wayout/cmd/wayout").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	built = name
+	return name
+}
+
+func tiny(t *testing.T) options {
+	t.Helper()
+	return options{
+		wayout: build(t), rounds: 2, peers: []string{"wayout", "direct"}, base: "wayout",
+		idle: 60, scale: 0.01, out: filepath.Join(t.TempDir(), "o.json"), log: io.Discard,
+	}
+}
+
+func TestRun(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	o.modes = []string{"connect", "http"}
+	var tables bytes.Buffer
+	if err := run(t.Context(), o, &tables); err != nil {
+		t.Fatalf("%v\n%s", err, &tables)
+	}
+	var got output
+	text, err := os.ReadFile(o.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Samples) != 8 || len(got.Summary) != 4 {
+		t.Fatalf("%d samples and %d rows of 2 peers, 2 modes, 2 rounds:\n%s", len(got.Samples), len(got.Summary), text)
+	}
+	for _, s := range got.Samples {
+		if s.Failed != "" || s.Errors > 0 || s.Ops == 0 || s.Checked < s.Ops || s.Wrong > 0 {
+			t.Errorf("%+v", s)
+		}
+		if cpu := s.CPU > 0; cpu != (s.Peer == "wayout") {
+			t.Errorf("CPU of %s is %v", s.Peer, s.CPU)
+		}
+	}
+	for _, want := range []string{"connect: new tunnel", "| wayout", "| direct", "0 of "} {
+		if !strings.Contains(tables.String(), want) {
+			t.Errorf("no %q in\n%s", want, &tables)
+		}
+	}
+	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func TestHeldTunnels(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	o.modes, o.rounds = []string{"idle", "ports"}, 1
+	var tables bytes.Buffer
+	if err := run(t.Context(), o, &tables); err != nil {
+		t.Fatalf("%v\n%s", err, &tables)
+	}
+	text, err := os.ReadFile(o.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got output
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	held := map[string]float64{}
+	for _, r := range got.Summary {
+		held[r.Peer+" "+r.Mode] = r.Held.Median
+	}
+	if held["wayout idle"] != 60 || held["wayout ports"] != 750 || len(held) != 2 {
+		t.Errorf("%v\n%s", held, &tables)
+	}
+}
+
+// A proxy that leaves by another address than the one asked for must not go
+// unseen.
+func TestWrongSourceIsAnError(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	o.modes, o.peers, o.rounds = []string{"connect"}, []string{"wayout"}, 1
+	b, err := newBench(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := b.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	b.proxies[0].header = "X-Nothing: %s" // so that its policy chooses
+	s, err := b.measure(t.Context(), b.proxies[0], b.modes[0], viaConnect, nil)
+	if err != nil || s.Failed != "" {
+		t.Fatal(err, s.Failed)
+	}
+	if s.Wrong == 0 || !slices.Contains(egressAddrs(), s.WrongAs) {
+		t.Errorf("%d of %d wrong, %q", s.Wrong, s.Checked, s.WrongAs)
+	}
+	b.out.Samples = []sample{s}
+	if err := b.verdict(t.Context()); !errors.Is(err, errWrong) {
+		t.Errorf("verdict: %v", err)
+	}
+}
+
+func TestInterruptedRunEnds(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	o.scale, o.modes, o.out = 1, []string{"pingpong"}, ""
+	ctx, stop := context.WithCancel(t.Context())
+	o.log = writerFunc(func(p []byte) (int, error) { stop(); return len(p), nil }) // after the first sample
+	if err := run(ctx, o, io.Discard); err == nil || !strings.Contains(err.Error(), "interrupted") {
+		t.Fatalf("%v", err)
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// TestCPUOfAGroup has two ways of counting tell of the same work.
+func TestCPUOfAGroup(t *testing.T) {
+	lab.Require(t)
+	mount, err := cgroupMount()
+	if err != nil || mount == "" {
+		t.Fatal("no cgroup v2:", err)
+	}
+	g, err := newGroup(mount, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := g.end(); err != nil {
+			t.Error(err)
+		}
+	}()
+	dir, err := os.Open(g.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	ns := lab.TestNS(t, "cpu")
+	// A child that works, and one that has ended when it is counted.
+	const script = `i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; (i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done); echo done; sleep 60`
+	cmd, err := ns.Start(lab.Program{Path: "/bin/sh", Args: []string{"-c", script}, Stdout: w, Cgroup: dir})
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	tree := &group{PID: cmd.Process.Pid}
+	a, errA := g.cpu()
+	b, errB := tree.cpu()
+	if errA != nil || errB != nil || a < 0.05 || b < a-0.1 || b > a+0.1 {
+		t.Errorf("by cgroup %.3f s (%v), by processes %.3f s (%v)", a, errA, b, errB)
+	}
+	f, err := tree.footprint()
+	if err != nil || f.PssKB == 0 || f.Files == 0 || f.Threads == 0 {
+		t.Errorf("%+v, %v", f, err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	_ = cmd.Wait() // killed
+}
+
+func TestTemplates(t *testing.T) {
+	v := &vars{
+		Dir: "/d", Listen: "192.0.2.1", Port: 1, Source: "192.0.2.2", Sources: []string{"192.0.2.2", "192.0.2.3"},
+		Origin: "192.0.2.4:80", Files: 100, Conns: 40, CPUs: 2,
+	}
+	for _, p := range allPeers() {
+		for _, text := range append([]string{p.config}, p.args...) {
+			if filled, err := v.fill(text); err != nil || strings.Contains(filled, "<no value>") {
+				t.Errorf("%s: %v in %q", p.name, err, text)
+			}
+		}
+		if (p.file == "") != (p.config == "") {
+			t.Errorf("%s: a file and its text go together", p.name)
+		}
+	}
+}
+
+func TestSummary(t *testing.T) {
+	m := mode{name: "x", unit: "CPU us", scale: 1e6, job: job{Kind: "tunnel"}}
+	b := &bench{o: options{rounds: 3, base: "a"}, modes: []mode{m}}
+	for i, cpu := range []float64{1, 2, 4} { // the machine is slower in each round
+		b.out.Samples = append(
+			b.out.Samples,
+			sample{Peer: "a", Mode: "x", Round: i + 1, result: result{Ops: 1e6, Seconds: cpu, CPU: cpu}},
+			sample{Peer: "b", Mode: "x", Round: i + 1, result: result{Ops: 1e6, Seconds: cpu, CPU: 1.5 * cpu}},
+		)
+	}
+	b.proxies = []*proxy{{peer: &peer{name: "b"}}, {peer: &peer{name: "a"}}}
+	rows := b.summarize()
+	if len(rows) != 2 || rows[0].Peer != "a" || rows[1].Peer != "b" {
+		t.Fatalf("%+v", rows)
+	}
+	if r := rows[1]; r.CPU != (spread{3, 3, 1.5, 6}) || r.ToBase != (spread{3, 1.5, 1.5, 1.5}) {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestReadCalls(t *testing.T) {
+	got, err := readCalls(`% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.000600           6       100           read
+ 40.00    0.000400           4        50         7 accept4
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.001000           6       150         7 total
+`)
+	if err != nil || !slices.Equal(got, []calls{{"read", 100}, {"accept4", 50}}) {
+		t.Fatalf("%v, %v", got, err)
+	}
+	if _, err := readCalls("strace: attach: Operation not permitted\n"); err == nil {
+		t.Fatal("no table, and no error")
+	}
+}
+
+func TestFlame(t *testing.T) {
+	root, err := fold(strings.NewReader(`wayout
+	ffffffff81634135 tcp_sendmsg+0x365
+	           fce67 write+0x7
+	           fce60 main.<serve>
+
+wayout
+	           fce67 read+0x9
+	           fce60 main.<serve>
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve := root.calls["main.<serve>"]
+	if root.count != 2 || serve == nil || serve.count != 2 || serve.calls["write"].calls["tcp_sendmsg"].count != 1 {
+		t.Fatalf("%+v", root)
+	}
+	if k := serve.calls["write"]; k.kernel || !k.calls["tcp_sendmsg"].kernel {
+		t.Error("kernel and user space are mixed up")
+	}
+	var svg bytes.Buffer
+	root.draw(&svg, "a & b")
+	boxes := 0
+	for d := xml.NewDecoder(&svg); ; {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := token.(xml.StartElement); ok && e.Name.Local == "g" {
+			boxes++
+		}
+	}
+	if boxes != 5 {
+		t.Errorf("%d frames drawn", boxes)
+	}
+	if _, err := fold(strings.NewReader("")); err == nil {
+		t.Error("no samples, and no error")
+	}
+}
+
+func TestNumber(t *testing.T) {
+	for v, want := range map[float64]string{0.123: "0.12", 12.34: "12.3", 1234.5: "1234"} {
+		if got := number(v); got != want {
+			t.Errorf("%s for %s", got, fmt.Sprint(v))
+		}
+	}
+}
