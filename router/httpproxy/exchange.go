@@ -205,6 +205,9 @@ func (x *exchange) authenticate() error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errCredentials, err)
 	}
+	if x.c.task != nil {
+		x.c.task.Leave()
+	}
 	ctx := x.s.ctx
 	if d := x.s.o.Timeouts.Auth; d > 0 {
 		var cancel context.CancelFunc

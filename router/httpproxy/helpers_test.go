@@ -109,7 +109,11 @@ func newRig(tb testing.TB, change func(*httpproxy.Options)) *rig {
 		tb.Fatal(err)
 	}
 	r.addr = l.Addr().String()
-	go func() { r.served <- r.server.Serve(l) }()
+	bare, err := relay.NewListener(l)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	go func() { r.served <- r.server.Serve(bare) }()
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()

@@ -55,7 +55,9 @@ type Options struct {
 	// Observe is called once for each request when it is over, from any
 	// goroutine. The record is the callee's only for the call. May be nil.
 	Observe func(*escaper.Record)
-	Logger  *slog.Logger // nil: no log
+	// Prompt says that Observe never blocks.
+	Prompt bool
+	Logger *slog.Logger // nil: no log
 }
 
 // Limits bounds what a message may ask for. A zero field means its default.
@@ -136,8 +138,9 @@ type Server struct {
 	nextID   atomic.Uint32
 	shards   [16]shard
 
-	mu        sync.Mutex // of listeners
-	listeners map[*net.TCPListener]struct{}
+	stop      chan struct{} // closed when draining begins
+	mu        sync.Mutex    // of acceptors
+	acceptors map[*relay.Acceptor]struct{}
 }
 
 // A shard is a part of the set of what is open, with a lock of its own.
@@ -171,7 +174,7 @@ func New(o Options) (*Server, error) {
 	}
 	o.Limits.setDefaults()
 	o.Timeouts.setDefaults()
-	s := &Server{o: o, quiet: make(chan struct{}, 1), listeners: map[*net.TCPListener]struct{}{}}
+	s := &Server{o: o, quiet: make(chan struct{}, 1), acceptors: map[*relay.Acceptor]struct{}{}, stop: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.request = headLimits{
 		fields: o.Limits.Fields, target: o.Limits.Target,
@@ -186,46 +189,57 @@ func New(o Options) (*Server, error) {
 	return s, nil
 }
 
-// Serve accepts clients on l until Shutdown, and then returns nil. It closes l.
-// Errors that pass, such as no descriptors being left, are waited out, with
-// one line in the log for each burst.
-func (s *Server) Serve(l *net.TCPListener) error {
+// Serve lets the relay's workers accept clients on l until Shutdown, and then
+// returns nil. It closes l. Errors that pass, such as no descriptors being left,
+// are waited out, with one line in the log for each burst.
+func (s *Server) Serve(l *relay.Listener) error {
 	s.mu.Lock()
 	if s.draining.Load() {
 		s.mu.Unlock()
 		return l.Close()
 	}
-	s.listeners[l] = struct{}{}
+	a, err := s.o.Relay.Accept(l, s.begin)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	s.acceptors[a] = struct{}{}
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
-		delete(s.listeners, l)
+		delete(s.acceptors, a)
 		s.mu.Unlock()
 		// Shutdown may have closed it already.
-		_ = l.Close()
+		_ = a.Close()
 	}()
 
 	const shortest, longest = 5 * time.Millisecond, time.Second
-	pause := time.Duration(0)
+	var pause time.Duration
+	var last time.Time // that it went on
 	for {
-		c, err := l.AcceptTCP()
+		select {
+		case err = <-a.Errors():
+		case <-s.stop:
+			return nil
+		}
 		switch {
-		case err == nil:
-			pause = 0
-			go s.ServeConn(c, nil)
-			continue
 		case s.draining.Load():
 			return nil
 		case !passes(err):
 			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
-		}
-		if pause == 0 {
+		case time.Since(last) > longest: // a new burst
+			pause = 0
 			s.o.Logger.Warn("accept failed, trying on", "server", s.o.Name, "listen", l.Addr().String(), "err", err)
 		}
 		pause = min(max(2*pause, shortest), longest)
 		select {
 		case <-time.After(pause):
-		case <-s.ctx.Done():
+		case <-s.stop:
+			return nil
+		}
+		last = time.Now()
+		if err := a.Resume(); err != nil && !s.draining.Load() {
+			return err
 		}
 	}
 }
@@ -253,9 +267,9 @@ func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) {
 		_ = tcp.Close()
 		return
 	}
-	sh := s.track(c)
+	c.shard = s.track(c)
 	c.serve()
-	s.untrack(sh, c)
+	s.untrack(c.shard, c)
 }
 
 func (s *Server) track(t tracked) *shard {
@@ -302,14 +316,17 @@ func (s *Server) Open() int { return int(s.open.Load()) }
 // ends first, these are cut and its error is returned.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
-	s.draining.Store(true)
+	if !s.draining.Swap(true) {
+		close(s.stop)
+	}
 	var errs []error
-	for l := range s.listeners {
-		if err := l.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("close listener %s: %w", l.Addr(), err))
+	for a := range s.acceptors {
+		// What it has accepted is tracked when it is closed.
+		if err := a.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close listener: %w", err))
 		}
 	}
-	clear(s.listeners)
+	clear(s.acceptors)
 	s.mu.Unlock()
 	s.each(tracked.endIdle)
 	for s.open.Load() > 0 {
