@@ -19,12 +19,9 @@ const batch = 256
 // wakeSlot marks the event descriptor's events; tunnels' are never negative.
 const wakeSlot = -1
 
-// A worker that took longer than waited (ns) to get its events slept, and one
-// that has not slept for busy (ns) lets others run.
-const (
-	waited = int64(20 * time.Microsecond)
-	busy   = int64(2 * time.Millisecond)
-)
+// busy is for how long (ns) a worker goes on before it lets others run. To do so
+// wakes another thread, so that it should not be often.
+const busy = int64(4 * time.Millisecond)
 
 // worker owns an epoll instance and the tunnels on it.
 type worker struct {
@@ -207,17 +204,14 @@ func (w *worker) run() {
 		steps   []*Task
 		accepts []*Acceptor
 		wait    = -1
-		slice   int64 // when the goroutine last waited, or let others run
+		slice   int64 // when the goroutine last let others run
 	)
 	for {
-		before := w.clock()
 		n, err := unix.EpollWait(w.ep, events, wait)
 		if err == unix.EINTR {
 			n, err = 0, nil
 		}
-		if w.now = w.clock(); w.now-before > waited {
-			slice = w.now
-		}
+		w.now = w.clock()
 
 		w.mu.Lock()
 		w.awake = true
@@ -278,9 +272,9 @@ func (w *worker) run() {
 		}
 		reported := w.settle()
 		wait = w.wait()
-		// A worker with no end of work never enters the scheduler by itself,
-		// and would keep its P for 10 ms at a time. One that waits has no need
-		// to: it would be moved to another thread for it.
+		// A worker never enters the scheduler by itself, and would keep its P
+		// for 10 ms at a time. From then on sysmon takes the P away in every
+		// wait, and looks for such every 20 us.
 		if reported || w.now-slice > busy {
 			slice = w.now
 			runtime.Gosched()
