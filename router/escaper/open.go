@@ -203,7 +203,7 @@ func (c *choice) lookup(ctx context.Context, r *Request, want selection.Family) 
 	if c.d.resolver == nil {
 		return resolve.Answer{}, fail(ErrDNS, nil, "resolve %s: escaper %s has no resolver", r.Target.Host, c.d.name)
 	}
-	if r.Task != nil {
+	if r.Task != nil && !c.d.resolver.Ready(r.Target.Host, want) {
 		r.Task.Leave()
 	}
 	a, err := c.d.resolver.Lookup(ctx, r.Target.Host, want)
@@ -211,6 +211,9 @@ func (c *choice) lookup(ctx context.Context, r *Request, want selection.Family) 
 		return a, nil
 	}
 	if errors.Is(err, resolve.ErrNotFound) && want != both {
+		if r.Task != nil {
+			r.Task.Leave()
+		}
 		if other, oerr := c.d.resolver.Lookup(ctx, r.Target.Host, both&^want); oerr == nil {
 			return other, nil
 		}

@@ -43,7 +43,8 @@ type Request struct {
 
 	// Task runs the request on a thread that it must not hold up; nil: a
 	// goroutine of its own does. With a task the connection may come as a bare
-	// descriptor. Not together with Reuse.
+	// descriptor. Not together with Reuse. Who cancels Open's context ends the
+	// task's wait as well.
 	Task Task
 
 	// Choice is filled by Open, also when Open fails: how far the choice went.

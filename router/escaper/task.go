@@ -21,6 +21,9 @@ func (d *Direct) attemptOn(ctx context.Context, k Task, p *Path, to netip.AddrPo
 	if !from.IsValid() { // no pin at all
 		return -1, netip.AddrPort{}, p.familyError(f)
 	}
+	if t, ok := ctx.Deadline(); ok && t.Before(until) {
+		until = t
+	}
 	fd, local, err := d.dialOn(k, p, from, to, until)
 	if err != nil {
 		if ctxErr := ctx.Err(); errors.Is(ctxErr, context.Canceled) || errors.Is(err, errGivenUp) {

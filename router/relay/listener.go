@@ -113,6 +113,9 @@ func (e *Engine) Accept(l *Listener, serve func(*Task, Accepted)) (*Acceptor, er
 	return a, nil
 }
 
+// Addr returns the listener's address.
+func (a *Acceptor) Addr() net.Addr { return a.l.Addr() }
+
 // Errors gives the errors of accept. A worker that met one accepts nothing more
 // until Resume.
 func (a *Acceptor) Errors() <-chan error { return a.errs }
