@@ -36,7 +36,7 @@ func (s *Server) begin(k *relay.Task, a relay.Accepted) {
 	o := x.run()
 	x.free()
 	c.finish(o)
-	if c.task == nil {
+	if c.shard != nil { // it has left the worker
 		s.untrack(c.shard, c)
 	}
 }
@@ -101,6 +101,16 @@ func (c *conn) isWholeConnect() bool {
 	var end headEnd
 	n, err := end.find(b)
 	return err == nil && n > 0
+}
+
+// leaveWorker makes a bare connection an ordinary one on a goroutine of the
+// task's own, because what comes next may wait for the client. It reports false
+// when that has ended the connection.
+func (c *conn) leaveWorker() bool {
+	if c.task != nil {
+		c.task.Leave()
+	}
+	return c.own()
 }
 
 // own makes a bare connection an ordinary one, which may block. It reports

@@ -32,10 +32,11 @@ func (x *exchange) connect() outcome {
 	}
 	if err != nil {
 		_ = conn.Close()
-		if x.c.task != nil && !x.c.own() {
+		left := x.c.leaveWorker()
+		x.observe(http.StatusOK, err)
+		if !left {
 			return over
 		}
-		x.observe(http.StatusOK, err)
 		return drop
 	}
 	return x.tunnel(http.StatusOK, nil)
@@ -65,6 +66,9 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 	t.rec.Status = status
 	a, b, err := x.handOver()
 	if err != nil {
+		if t.task != nil {
+			t.task.Leave()
+		}
 		x.observe(status, err)
 		if t.shard != nil {
 			x.s.untrack(t.shard, t)

@@ -10,8 +10,9 @@
 // that it is there. Loops end at the escapers' filter, which denies the
 // daemon's own listeners.
 //
-// A client connection is one goroutine, which holds no buffer while it waits
-// for a request. Tunnels (CONNECT, and upgrades over a forwarded request) are
+// A client connection begins on a worker of the relay, and a CONNECT that has
+// to wait for nothing but its dial stays there (begin.go). Any other connection
+// is one goroutine, which holds no buffer while it waits for a request. Tunnels (CONNECT, and upgrades over a forwarded request) are
 // handed to the relay engine and cost this package nothing more.
 package httpproxy
 

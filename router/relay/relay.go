@@ -11,6 +11,10 @@
 // reads are large is bulk and is spliced through a pipe that is borrowed only
 // while bytes are in it.
 //
+// What leads to a tunnel can run on the workers as well: they accept, and run
+// what serves a connection as a coroutine, a [Task], which waits for descriptors
+// in the same epoll instance.
+//
 // End of stream is passed on as a half-close once all bytes before it are
 // delivered. A tunnel that ends in any other way (a reset or another socket
 // error, a limit, [Tunnel.Kill], [Engine.Close]) resets both peers: neither can
