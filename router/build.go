@@ -14,6 +14,7 @@ import (
 	"wayout/router/auth"
 	"wayout/router/config"
 	"wayout/router/escaper"
+	"wayout/router/relay"
 	"wayout/router/resolve"
 	"wayout/selection"
 )
@@ -269,4 +270,17 @@ func listen(at netip.AddrPort, mark uint32, proxy bool) (*net.TCPListener, error
 		return nil, fmt.Errorf("listen on %s: %w", at, err)
 	}
 	return l.(*net.TCPListener), nil
+}
+
+// listenBare opens a listener for a front end, which accepts in the relay.
+func listenBare(at netip.AddrPort, mark uint32) (*relay.Listener, error) {
+	l, err := listen(at, mark, true)
+	if err != nil {
+		return nil, err
+	}
+	bare, err := relay.NewListener(l)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", at, err)
+	}
+	return bare, nil
 }

@@ -73,7 +73,7 @@ type Router struct {
 type server struct {
 	conf      *config.Server
 	front     *httpproxy.Server
-	listeners []*net.TCPListener
+	listeners []*relay.Listener
 }
 
 // New builds the daemon of a configuration. It changes nothing of the system.
@@ -266,7 +266,7 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 				Response: sc.RspHeaderRecvTimeout, Stall: sc.BodyStallTimeout, Write: sc.SendTimeout, TunnelIdle: sc.TunnelIdleTimeout,
 			},
 			Open: p.door.Open, Relay: r.relay, Logger: r.log,
-			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)),
+			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)), Prompt: r.access.log == nil,
 		})
 		if err != nil {
 			return all, fmt.Errorf("server %s: %w", sc.Name, err)
@@ -276,7 +276,7 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 		for _, at := range sc.Listen {
 			l, err := share(old, at)
 			if err == nil && l == nil {
-				l, err = listen(at, p.client, true)
+				l, err = listenBare(at, p.client)
 			}
 			if err != nil {
 				return all, fmt.Errorf("server %s: %w", sc.Name, err)
@@ -289,22 +289,17 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 
 // share gives a second handle of the listener that an old server has at an
 // address, nil when none has. Port 0 asks for a port of its own each time.
-func share(old []*server, at netip.AddrPort) (*net.TCPListener, error) {
+func share(old []*server, at netip.AddrPort) (*relay.Listener, error) {
 	for _, s := range old {
 		for i, l := range s.listeners {
 			if s.conf.Listen[i] != at || at.Port() == 0 {
 				continue
 			}
-			f, err := l.File()
+			dup, err := l.Share()
 			if err != nil {
 				return nil, fmt.Errorf("share the listener on %s: %w", at, err)
 			}
-			defer f.Close()
-			dup, err := net.FileListener(f)
-			if err != nil {
-				return nil, fmt.Errorf("share the listener on %s: %w", at, err)
-			}
-			return dup.(*net.TCPListener), nil
+			return dup, nil
 		}
 	}
 	return nil, nil //nolint:nilnil // documented: nobody listens there

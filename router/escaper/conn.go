@@ -11,8 +11,13 @@ import (
 // methods are safe for concurrent use. After Park the connection may be
 // somebody else's: a Conn is one holder's view of it, so that a late Close
 // cannot touch the next holder's.
+//
+// A bare descriptor is the holder's alone to close: a Kill before OnKill only
+// shows in OnKill and Killed, since closing a number that another goroutine
+// uses could hit whatever has it next.
 type Conn struct {
-	TCP    *net.TCPConn   // bare, so that the kernel can splice
+	TCP    *net.TCPConn   // not wrapped, so that the kernel can splice; nil: FD
+	FD     int            // for a request with a task: the bare descriptor, non-blocking
 	Path   *Path          // what it leaves by
 	Source netip.AddrPort // the local end, as the kernel tells it
 	Remote netip.AddrPort // the address that was dialled
@@ -28,7 +33,7 @@ func (c *Conn) Close() error {
 	if c.done.Swap(true) || !c.link.strike() {
 		return nil
 	}
-	return c.TCP.Close()
+	return c.link.close()
 }
 
 // Release takes the connection off the books without closing it: somebody
@@ -47,7 +52,7 @@ func (c *Conn) Park() {
 		return
 	}
 	if !c.link.park() && c.link.strike() {
-		_ = c.TCP.Close() // nobody is left to tell
+		_ = c.link.close() // nobody is left to tell
 	}
 }
 

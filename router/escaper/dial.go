@@ -29,10 +29,7 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 	if f == selection.V6 {
 		network = "tcp6"
 	}
-	o := pin{mark: p.Mark, ports: d.sockets.ports}
-	if p.BindToDevice {
-		o.device = p.Interface
-	}
+	o := d.pin(p)
 	// Keepalive is off here: who holds the connection decides about it, once.
 	dialer := net.Dialer{KeepAlive: -1, Control: o.control}
 	c, err := dialer.DialTCP(ctx, network, netip.AddrPortFrom(from, 0), to)
@@ -45,14 +42,32 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 		return nil, err
 	}
 	local := localAddr(c)
-	if local.Addr() != from {
-		// Nothing is known to do this; if something does, no byte leaves.
+	if err := p.verify(local, from); err != nil {
 		reset(c)
-		p.count(ResultLocal)
-		return nil, fail(ErrGuarded, nil, "path %s: connected from %s in place of %s", p.Name, local.Addr(), from)
+		return nil, err
 	}
 	p.count(ResultOK)
 	return c, nil
+}
+
+// pin returns what is set on the sockets of a path.
+func (d *Direct) pin(p *Path) pin {
+	o := pin{mark: p.Mark, ports: d.sockets.ports}
+	if p.BindToDevice {
+		o.device = p.Interface
+	}
+	return o
+}
+
+// verify compares the local end of a new connection with the address that it
+// was bound to. Nothing is known to make them differ; if something does, no
+// byte leaves.
+func (p *Path) verify(local netip.AddrPort, from netip.Addr) error {
+	if local.Addr() == from {
+		return nil
+	}
+	p.count(ResultLocal)
+	return fail(ErrGuarded, nil, "path %s: connected from %s in place of %s", p.Name, local.Addr(), from)
 }
 
 // localAddr returns what net asked the kernel when it connected.

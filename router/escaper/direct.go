@@ -18,6 +18,8 @@ import (
 // for the network. The escaper does not change the slices of an Answer.
 type Resolver interface {
 	Lookup(ctx context.Context, host string, want selection.Family) (resolve.Answer, error)
+	// Ready reports whether Lookup would not have to wait.
+	Ready(host string, want selection.Family) bool
 }
 
 // PickKey says what the hashing policies hash.

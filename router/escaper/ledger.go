@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"wayout/selection"
 )
 
@@ -28,7 +30,8 @@ type ledger struct {
 // link is one open connection on the books.
 type link struct {
 	*ledger
-	tcp    *net.TCPConn
+	tcp    *net.TCPConn // nil: fd
+	fd     int
 	source netip.AddrPort
 	remote netip.AddrPort
 	key    idleKey
@@ -127,7 +130,7 @@ func (p *Path) Kill(addr netip.Addr, err error) int {
 			l.killed = err
 			l.unparkLocked()
 			victims = append(victims, victim{l, l.kill})
-			if l.kill == nil {
+			if l.kill == nil && l.tcp != nil {
 				l.strikeLocked()
 			}
 		}
@@ -135,13 +138,21 @@ func (p *Path) Kill(addr netip.Addr, err error) int {
 	}
 	p.mu.Unlock()
 	for _, v := range victims {
-		if v.f != nil {
+		switch {
+		case v.f != nil:
 			v.f(err)
-			continue
+		case v.l.tcp != nil:
+			reset(v.l.tcp)
 		}
-		reset(v.l.tcp)
 	}
 	return len(victims)
+}
+
+func (l *link) close() error {
+	if l.tcp == nil {
+		return unix.Close(l.fd)
+	}
+	return l.tcp.Close()
 }
 
 // reset closes a connection so that the far side, if it can be reached,

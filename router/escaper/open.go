@@ -129,6 +129,9 @@ func (c *choice) openName(ctx context.Context, r *Request) (*Conn, error) {
 		return conn, err
 	}
 	// The family that was late is waited for after all: it is all that is left.
+	if r.Task != nil {
+		r.Task.Leave()
+	}
 	late, lerr := c.d.resolver.Lookup(ctx, r.Target.Host, a.Pending)
 	if lerr != nil {
 		return nil, err
@@ -200,11 +203,17 @@ func (c *choice) lookup(ctx context.Context, r *Request, want selection.Family) 
 	if c.d.resolver == nil {
 		return resolve.Answer{}, fail(ErrDNS, nil, "resolve %s: escaper %s has no resolver", r.Target.Host, c.d.name)
 	}
+	if r.Task != nil && !c.d.resolver.Ready(r.Target.Host, want) {
+		r.Task.Leave()
+	}
 	a, err := c.d.resolver.Lookup(ctx, r.Target.Host, want)
 	if err == nil {
 		return a, nil
 	}
 	if errors.Is(err, resolve.ErrNotFound) && want != both {
+		if r.Task != nil {
+			r.Task.Leave()
+		}
 		if other, oerr := c.d.resolver.Lookup(ctx, r.Target.Host, both&^want); oerr == nil {
 			return other, nil
 		}
@@ -265,14 +274,12 @@ func (c *choice) dial(ctx context.Context, r *Request, list []netip.AddrPort) (*
 	if c.deadline.IsZero() { // it is one for all dials of a request
 		c.deadline = time.Now().Add(c.d.timeout)
 	}
-	l := &link{ledger: c.p.ledger, pool: c.d.pool, node: c.p.node}
+	l := &link{ledger: c.p.ledger, fd: -1, pool: c.d.pool, node: c.p.node}
 	l.pool.Opened(l.node) // before the connect, so that least_conn sees those under way
-	tcp, err := c.d.connect(c.d.withDeadline(ctx, c.deadline), c.p, list)
-	if err != nil {
+	if err := l.connect(ctx, c, r, list); err != nil {
 		l.pool.Closed(l.node)
 		return nil, err
 	}
-	l.tcp, l.source, l.remote = tcp, localAddr(tcp), addrPort(tcp.RemoteAddr())
 	if r.Reuse {
 		l.idlers = c.d.idlers
 		l.key = keyOf(r, c.p.source(selection.FamilyOf(l.remote.Addr())))
@@ -280,12 +287,34 @@ func (c *choice) dial(ctx context.Context, r *Request, list []netip.AddrPort) (*
 	if err := l.enter(c.p); err != nil {
 		l.pool.Closed(l.node)
 		c.p.counters.closed.Add(1)
-		reset(tcp)
+		if l.tcp != nil {
+			reset(l.tcp)
+		} else {
+			resetFD(l.fd)
+		}
 		return nil, err
 	}
 	return l.conn(c.p, false), nil
 }
 
+// connect makes the connection: on the request's task, where there is one and
+// nothing to race.
+func (l *link) connect(ctx context.Context, c *choice, r *Request, list []netip.AddrPort) (err error) {
+	if r.Task != nil && len(list) == 1 {
+		l.remote = list[0]
+		l.fd, l.source, err = c.d.attemptOn(ctx, r.Task, c.p, l.remote, c.deadline)
+		return err
+	}
+	if r.Task != nil {
+		r.Task.Leave()
+	}
+	tcp, err := c.d.connect(c.d.withDeadline(ctx, c.deadline), c.p, list)
+	if err == nil {
+		l.tcp, l.source, l.remote = tcp, localAddr(tcp), addrPort(tcp.RemoteAddr())
+	}
+	return err
+}
+
 func (l *link) conn(p *Path, reused bool) *Conn {
-	return &Conn{TCP: l.tcp, Path: p, Source: l.source, Remote: l.remote, Reused: reused, link: l}
+	return &Conn{TCP: l.tcp, FD: l.fd, Path: p, Source: l.source, Remote: l.remote, Reused: reused, link: l}
 }

@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"time"
 
 	"wayout/selection"
 )
@@ -45,8 +46,25 @@ type Request struct {
 	// request leaves by the same path again, and nothing is chosen anew.
 	Retry *Conn
 
+	// Task runs the request on a thread that it must not hold up; nil: a
+	// goroutine of its own does. With a task the connection may come as a bare
+	// descriptor. Not together with Reuse. Who cancels Open's context ends the
+	// task's wait as well.
+	Task Task
+
 	// Choice is filled by Open, also when Open fails: how far the choice went.
 	Choice Choice
+}
+
+// Task is how a request waits that shares its thread with others: *relay.Task,
+// or a fake that stands for the kernel's readiness.
+type Task interface {
+	// Wait waits for epoll events on a descriptor, until a time. It returns
+	// those that are there; os.ErrDeadlineExceeded is that the time has come,
+	// any other error that the request is to be given up.
+	Wait(fd int, events uint32, until time.Time) (uint32, error)
+	// Leave is called before anything else that may block.
+	Leave()
 }
 
 // Choice says which path a request took, and who said so.

@@ -112,6 +112,10 @@ func (x *exchange) refuseHead(err error) outcome {
 // request was not CONNECT, after which a hopeful client may already be sending
 // what is meant for the tunnel.
 func (x *exchange) refuse(err error) outcome {
+	if !x.c.leaveWorker() {
+		x.observe(0, err)
+		return over
+	}
 	v := judge(err)
 	more := x.wantsMore && x.body.done && x.rec.Method != "CONNECT" && !x.s.draining.Load()
 	var f fault

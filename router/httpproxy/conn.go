@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"wayout/router/relay"
 )
 
 // A conn is a client connection. What only a request needs is in its exchange.
@@ -26,6 +28,12 @@ type conn struct {
 	idle     atomic.Bool
 	upstream atomic.Pointer[net.TCPConn] // of the request under way
 	dead     atomic.Bool                 // cut: readers and writers of both sides look at it
+	shard    *shard
+
+	// Of a connection that has not left the worker: see begin.go.
+	task   *relay.Task // nil: it has, and tcp is set
+	fd     int
+	tunnel *tunnel // tracked in the connection's place
 }
 
 // outcome says what becomes of a client connection after a request.
@@ -37,6 +45,7 @@ const (
 	drop                  // close
 	reset                 // close so that the client sees that the answer is not whole
 	gone                  // it has become a tunnel
+	over                  // it has ended
 )
 
 func (s *Server) newConn(tcp *net.TCPConn, pre []byte) (*conn, error) {
@@ -44,7 +53,7 @@ func (s *Server) newConn(tcp *net.TCPConn, pre []byte) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client connection: %w", err)
 	}
-	c := &conn{s: s, tcp: tcp, raw: raw}
+	c := &conn{s: s, tcp: tcp, raw: raw, fd: -1}
 	if c.client, err = addrPort(tcp.RemoteAddr()); err != nil {
 		return nil, err
 	}
@@ -89,6 +98,8 @@ func (c *conn) finish(o outcome) {
 	switch o {
 	case gone:
 		c.in.drop()
+		return
+	case over:
 		return
 	case linger:
 		c.lingerOn()

@@ -3,7 +3,6 @@ package httpproxy
 import (
 	"net/http"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"wayout/router/escaper"
@@ -12,6 +11,9 @@ import (
 
 // connect serves CONNECT.
 func (x *exchange) connect() outcome {
+	if x.c.task != nil {
+		x.req.Task = x.c.task
+	}
 	conn, err := x.s.o.Open(x.s.ctx, x.req)
 	x.rec.Choice = x.req.Choice
 	if err != nil {
@@ -23,9 +25,18 @@ func (x *exchange) connect() outcome {
 	w.out = append(w.out, "HTTP/1.1 200 Connection established\r\n"...)
 	w.out = x.appendEgress(w.out)
 	w.out = append(w.out, "\r\n"...)
-	if err := w.flush(); err != nil {
+	if x.c.task != nil {
+		err = x.c.establish(w.out)
+	} else {
+		err = w.flush()
+	}
+	if err != nil {
 		_ = conn.Close()
+		left := x.c.leaveWorker()
 		x.observe(http.StatusOK, err)
+		if !left {
+			return over
+		}
 		return drop
 	}
 	return x.tunnel(http.StatusOK, nil)
@@ -39,32 +50,39 @@ type tunnel struct {
 	shard *shard
 	relay atomic.Pointer[relay.Tunnel]
 	dead  atomic.Bool
+
+	task *relay.Task // that the connection began as; nil: none
+	idle atomic.Bool // and waits for its client to speak
 }
 
 // tunnel hands both connections to the relay, with what was read ahead: from
 // the client what its reader holds, from the origin toClient.
 func (x *exchange) tunnel(status int, toClient []byte) outcome {
-	t := &tunnel{s: x.s, conn: x.conn, rec: x.rec}
+	t := x.c.tunnel
+	if t == nil {
+		t = &tunnel{s: x.s}
+	}
+	t.conn, t.rec = x.conn, x.rec
 	t.rec.Status = status
-	a, err := relay.Detach(x.c.tcp)
+	a, b, err := x.handOver()
 	if err != nil {
-		_ = x.conn.Close()
+		if t.task != nil {
+			t.task.Leave()
+		}
 		x.observe(status, err)
+		if t.shard != nil {
+			x.s.untrack(t.shard, t)
+		}
 		return gone
 	}
-	b, err := relay.Detach(x.conn.TCP)
-	if err != nil {
-		_ = syscall.Close(a)
-		x.conn.Release()
-		x.observe(status, err)
-		return gone
+	if t.shard == nil {
+		t.shard = x.s.track(t)
 	}
-	t.shard = x.s.track(t)
 	handle, err := x.s.o.Relay.Start(relay.Spec{
-		A: a, B: b,
+		A: a, B: b, Task: t.task,
 		ToB: x.c.in.unread(), ToA: toClient,
 		Idle: x.s.o.Timeouts.TunnelIdle,
-		Done: t.done,
+		Done: t.done, Prompt: x.s.o.Prompt,
 	})
 	if err != nil {
 		t.done(relay.Result{Cause: err})
@@ -75,7 +93,7 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 		handle.Kill(escaper.ErrClosed)
 	}
 	// The path's address may have gone meanwhile: it is called at once then.
-	t.conn.OnKill(handle.Kill)
+	x.conn.OnKill(handle.Kill)
 	return gone
 }
 
@@ -88,10 +106,17 @@ func (t *tunnel) done(r relay.Result) {
 	t.s.untrack(t.shard, t)
 }
 
-func (t *tunnel) endIdle() {}
+func (t *tunnel) endIdle() {
+	if t.idle.Load() {
+		t.task.Kill(errStopped)
+	}
+}
 
 func (t *tunnel) cut() {
 	t.dead.Store(true)
+	if t.task != nil {
+		t.task.Kill(errStopped)
+	}
 	if h := t.relay.Load(); h != nil {
 		h.Kill(escaper.ErrClosed)
 	}

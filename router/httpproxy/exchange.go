@@ -205,13 +205,10 @@ func (x *exchange) authenticate() error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errCredentials, err)
 	}
-	ctx := x.s.ctx
-	if d := x.s.o.Timeouts.Auth; d > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, d)
-		defer cancel()
+	u := g.Verified(name, password)
+	if u == nil {
+		u, err = x.verify(g, name, password)
 	}
-	u, err := g.Verify(ctx, name, password)
 	switch {
 	case err == nil:
 	case errors.Is(err, auth.ErrAuth):
@@ -223,6 +220,20 @@ func (x *exchange) authenticate() error {
 	x.req.Allow = u.Allow
 	x.req.Selection.User = u.Selection
 	return nil
+}
+
+// verify checks credentials that are not known: that may take its time.
+func (x *exchange) verify(g *auth.Group, name, password string) (*auth.User, error) {
+	if x.c.task != nil {
+		x.c.task.Leave()
+	}
+	ctx := x.s.ctx
+	if d := x.s.o.Timeouts.Auth; d > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, d)
+		defer cancel()
+	}
+	return g.Verify(ctx, name, password)
 }
 
 // Failures of authentication.

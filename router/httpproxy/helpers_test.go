@@ -35,6 +35,9 @@ const patience = 10 * time.Second
 // names stands for the network's name servers.
 type names struct{}
 
+// Ready makes tasks leave their worker for each name.
+func (names) Ready(string, selection.Family) bool { return false }
+
 func (names) Lookup(_ context.Context, host string, _ selection.Family) (resolve.Answer, error) {
 	switch host {
 	case "origin.test":
@@ -109,7 +112,11 @@ func newRig(tb testing.TB, change func(*httpproxy.Options)) *rig {
 		tb.Fatal(err)
 	}
 	r.addr = l.Addr().String()
-	go func() { r.served <- r.server.Serve(l) }()
+	bare, err := relay.NewListener(l)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	go func() { r.served <- r.server.Serve(bare) }()
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()

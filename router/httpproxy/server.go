@@ -10,8 +10,9 @@
 // that it is there. Loops end at the escapers' filter, which denies the
 // daemon's own listeners.
 //
-// A client connection is one goroutine, which holds no buffer while it waits
-// for a request. Tunnels (CONNECT, and upgrades over a forwarded request) are
+// A client connection begins on a worker of the relay, and a CONNECT that has
+// to wait for nothing but its dial stays there (begin.go). Any other connection
+// is one goroutine, which holds no buffer while it waits for a request. Tunnels (CONNECT, and upgrades over a forwarded request) are
 // handed to the relay engine and cost this package nothing more.
 package httpproxy
 
@@ -55,7 +56,9 @@ type Options struct {
 	// Observe is called once for each request when it is over, from any
 	// goroutine. The record is the callee's only for the call. May be nil.
 	Observe func(*escaper.Record)
-	Logger  *slog.Logger // nil: no log
+	// Prompt says that Observe never blocks.
+	Prompt bool
+	Logger *slog.Logger // nil: no log
 }
 
 // Limits bounds what a message may ask for. A zero field means its default.
@@ -136,10 +139,9 @@ type Server struct {
 	nextID   atomic.Uint32
 	shards   [16]shard
 
-	accepting sync.WaitGroup // calls of Serve
-
-	mu        sync.Mutex // of listeners
-	listeners map[*net.TCPListener]struct{}
+	stop      chan struct{} // closed when draining begins
+	mu        sync.Mutex    // of acceptors
+	acceptors map[*relay.Acceptor]struct{}
 }
 
 // A shard is a part of the set of what is open, with a lock of its own.
@@ -173,7 +175,7 @@ func New(o Options) (*Server, error) {
 	}
 	o.Limits.setDefaults()
 	o.Timeouts.setDefaults()
-	s := &Server{o: o, quiet: make(chan struct{}, 1), listeners: map[*net.TCPListener]struct{}{}}
+	s := &Server{o: o, quiet: make(chan struct{}, 1), acceptors: map[*relay.Acceptor]struct{}{}, stop: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.request = headLimits{
 		fields: o.Limits.Fields, target: o.Limits.Target,
@@ -188,48 +190,57 @@ func New(o Options) (*Server, error) {
 	return s, nil
 }
 
-// Serve accepts clients on l until Shutdown, and then returns nil. It closes l.
-// Errors that pass, such as no descriptors being left, are waited out, with
-// one line in the log for each burst.
-func (s *Server) Serve(l *net.TCPListener) error {
+// Serve lets the relay's workers accept clients on l until Shutdown, and then
+// returns nil. It closes l. Errors that pass, such as no descriptors being left,
+// are waited out, with one line in the log for each burst.
+func (s *Server) Serve(l *relay.Listener) error {
 	s.mu.Lock()
 	if s.draining.Load() {
 		s.mu.Unlock()
 		return l.Close()
 	}
-	s.listeners[l] = struct{}{}
-	s.accepting.Add(1)
+	a, err := s.o.Relay.Accept(l, s.begin)
+	if err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	s.acceptors[a] = struct{}{}
 	s.mu.Unlock()
 	defer func() {
-		defer s.accepting.Done()
 		s.mu.Lock()
-		delete(s.listeners, l)
+		delete(s.acceptors, a)
 		s.mu.Unlock()
 		// Shutdown may have closed it already.
-		_ = l.Close()
+		_ = a.Close()
 	}()
 
 	const shortest, longest = 5 * time.Millisecond, time.Second
-	pause := time.Duration(0)
+	var pause time.Duration
+	var last time.Time // that it went on
 	for {
-		c, err := l.AcceptTCP()
+		select {
+		case err = <-a.Errors():
+		case <-s.stop:
+			return nil
+		}
 		switch {
-		case err == nil:
-			pause = 0
-			s.begin(c, nil)
-			continue
 		case s.draining.Load():
 			return nil
 		case !passes(err):
 			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
-		}
-		if pause == 0 {
+		case time.Since(last) > longest: // a new burst
+			pause = 0
 			s.o.Logger.Warn("accept failed, trying on", "server", s.o.Name, "listen", l.Addr().String(), "err", err)
 		}
 		pause = min(max(2*pause, shortest), longest)
 		select {
 		case <-time.After(pause):
-		case <-s.ctx.Done():
+		case <-s.stop:
+			return nil
+		}
+		last = time.Now()
+		if err := a.Resume(); err != nil && !s.draining.Load() {
+			return err
 		}
 	}
 }
@@ -248,23 +259,18 @@ func passes(err error) bool {
 }
 
 // ServeConn serves one client connection, which belongs to the server from
-// then on. pre holds what was read from it already.
-func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) { s.begin(tcp, pre) }
-
-// begin counts a connection before it returns, so that a Shutdown that begins
-// later waits for it.
-func (s *Server) begin(tcp *net.TCPConn, pre []byte) {
+// then on, and returns when it is over or has become a tunnel. pre holds what
+// was read from it already.
+func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) {
 	c, err := s.newConn(tcp, pre)
 	if err != nil {
 		// The client has gone before it was looked at.
 		_ = tcp.Close()
 		return
 	}
-	sh := s.track(c)
-	go func() {
-		c.serve()
-		s.untrack(sh, c)
-	}()
+	c.shard = s.track(c)
+	c.serve()
+	s.untrack(c.shard, c)
 }
 
 func (s *Server) track(t tracked) *shard {
@@ -311,16 +317,18 @@ func (s *Server) Open() int { return int(s.open.Load()) }
 // ends first, these are cut and its error is returned.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
-	s.draining.Store(true)
+	if !s.draining.Swap(true) {
+		close(s.stop)
+	}
 	var errs []error
-	for l := range s.listeners {
-		if err := l.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("close listener %s: %w", l.Addr(), err))
+	for a := range s.acceptors {
+		// What it has accepted is tracked when it is closed.
+		if err := a.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close listener: %w", err))
 		}
 	}
-	clear(s.listeners)
+	clear(s.acceptors)
 	s.mu.Unlock()
-	s.accepting.Wait() // what they have accepted is counted
 	s.each(tracked.endIdle)
 	for s.open.Load() > 0 {
 		select {

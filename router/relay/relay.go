@@ -11,6 +11,10 @@
 // reads are large is bulk and is spliced through a pipe that is borrowed only
 // while bytes are in it.
 //
+// What leads to a tunnel can run on the workers as well: they accept, and run
+// what serves a connection as a coroutine, a [Task], which waits for descriptors
+// in the same epoll instance.
+//
 // End of stream is passed on as a half-close once all bytes before it are
 // delivered. A tunnel that ends in any other way (a reset or another socket
 // error, a limit, [Tunnel.Kill], [Engine.Close]) resets both peers: neither can
@@ -114,6 +118,10 @@ type Spec struct {
 	// anything else, and count as AToB. ToA likewise. Start is done with both
 	// slices when it returns.
 	ToB, ToA []byte
+	// Task is the task that calls Start, if one does: the tunnel stays on its
+	// worker, which may be watching the descriptors already, unless that one has
+	// many more tunnels than the next.
+	Task *Task
 	// Idle ends the tunnel when no byte moved either way for this long; Total
 	// when it is this old; 0: never.
 	Idle, Total time.Duration
@@ -122,6 +130,9 @@ type Spec struct {
 	// calls, one for each worker: it may block, and then delays the Done calls
 	// of other tunnels but no bytes. It must not call Engine.Close. May be nil.
 	Done func(Result)
+	// Prompt says that Done never blocks: the worker calls it, and no other
+	// thread is woken for it.
+	Prompt bool
 }
 
 // Result is how a tunnel ended.
@@ -148,6 +159,7 @@ type Engine struct {
 	closeOnce sync.Once
 	loops     sync.WaitGroup
 	calls     sync.WaitGroup
+	tasks     sync.WaitGroup
 }
 
 // New makes an engine and starts its workers. It fails when the kernel gives
@@ -171,8 +183,8 @@ func newEngine(o Options, tune tuning) (*Engine, error) {
 	}
 	e := &Engine{maxPipe: int64(o.Pipes), log: o.Logger, tune: tune}
 	base := time.Now()
-	for range o.Workers {
-		w, err := newWorker(e, base, o.Tick)
+	for i := range o.Workers {
+		w, err := newWorker(e, i, base, o.Tick)
 		if err != nil {
 			for _, w := range e.workers {
 				w.release()
@@ -202,14 +214,14 @@ func defaultPipes() int {
 // is ErrClosed, or says why the kernel does not watch a descriptor; both
 // descriptors are then closed, their peers reset, and Done is not called.
 func (e *Engine) Start(s Spec) (*Tunnel, error) {
-	// The less loaded of two neighbours: even enough, and no shared hot spot
-	// beyond one counter.
-	i := int(e.next.Add(1)) % len(e.workers)
-	w := e.workers[i]
-	if other := e.workers[(i+1)%len(e.workers)]; other.open.Load() < w.open.Load() {
-		w = other
+	w := e.pick(s.Task)
+	t := &Tunnel{w: w, fd: [2]int32{int32(s.A), int32(s.B)}, done: s.Done, prompt: s.Prompt}
+	if k := s.Task; k != nil && w == k.w {
+		t.in = [2]bool{k.has(s.A), k.has(s.B)}
+	} else if k != nil {
+		k.forget(s.A)
+		k.forget(s.B)
 	}
-	t := &Tunnel{w: w, fd: [2]int32{int32(s.A), int32(s.B)}, done: s.Done}
 	t.idle, t.last = int64(s.Idle), w.clock()
 	if s.Total > 0 {
 		t.end = t.last + int64(s.Total)
@@ -224,6 +236,25 @@ func (e *Engine) Start(s Spec) (*Tunnel, error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// pick chooses the worker of a tunnel: the less loaded of two neighbours. That
+// is even enough, and shares nothing hot beyond one counter.
+func (e *Engine) pick(k *Task) *worker {
+	const lead = 8 // over its neighbour that costs a task's worker a tunnel
+	if k != nil {
+		other := e.workers[(k.w.index+1)%len(e.workers)]
+		if k.w.open.Load() <= other.open.Load()+lead {
+			return k.w
+		}
+		return other
+	}
+	i := int(e.next.Add(1)) % len(e.workers)
+	w := e.workers[i]
+	if other := e.workers[(i+1)%len(e.workers)]; other.open.Load() < w.open.Load() {
+		w = other
+	}
+	return w
 }
 
 // Open returns the number of tunnels that have not ended.
@@ -244,6 +275,7 @@ func (e *Engine) Close() error {
 		}
 	})
 	e.loops.Wait()
+	e.tasks.Wait()
 	e.calls.Wait()
 	return nil
 }

@@ -37,13 +37,15 @@ const maxFree = 16
 
 // Tunnel is a handle on two sockets that a worker relays.
 type Tunnel struct {
-	w    *worker
-	done func(Result)
-	dir  [2]direction // dir[0] is A to B
-	fd   [2]int32     // A, B
-	mask [2]uint32    // what epoll watches for, of each side
-	in   [2]bool      // epoll watches the side
-	hung [2]bool      // taken out of epoll: both ways ended, bytes still held
+	w      *worker
+	done   func(Result)
+	task   *Task        // whose wait this is: no tunnel
+	prompt bool         // done does not block
+	dir    [2]direction // dir[0] is A to B
+	fd     [2]int32     // A, B
+	mask   [2]uint32    // what epoll watches for, of each side
+	in     [2]bool      // epoll watches the side
+	hung   [2]bool      // taken out of epoll: both ways ended, bytes still held
 
 	slot, gen uint32
 

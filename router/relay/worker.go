@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -18,11 +19,16 @@ const batch = 256
 // wakeSlot marks the event descriptor's events; tunnels' are never negative.
 const wakeSlot = -1
 
+// busy is for how long (ns) a worker goes on before it lets others run. To do so
+// wakes another thread, so that it should not be often.
+const busy = int64(4 * time.Millisecond)
+
 // worker owns an epoll instance and the tunnels on it.
 type worker struct {
-	e    *Engine
-	base time.Time
-	open atomic.Int64
+	e     *Engine
+	index int // among the engine's
+	base  time.Time
+	open  atomic.Int64
 
 	// Only the worker's goroutine uses these.
 	now     int64 // ns since base, of this batch
@@ -36,11 +42,14 @@ type worker struct {
 	woken    bool // evt is set
 	closing  bool
 	closed   bool
+	awake    bool  // it will look at the wheel before it sleeps
 	until    int64 // ns; the worker sleeps no longer than this
 	slots    []slot
 	vacant   []uint32
 	wheel    wheel
 	kills    []kill
+	steps    []*Task // whose wait is over
+	routines []*routine
 	finished []ended
 	wake     chan struct{} // finished has something, or the worker is gone
 }
@@ -49,8 +58,9 @@ type worker struct {
 // earlier tenant (a forked child may keep a closed descriptor's registration
 // alive) from the present one's.
 type slot struct {
-	t   *Tunnel
-	gen uint32
+	t    *Tunnel   // or a task's wait
+	from *Acceptor // or a listener
+	gen  uint32
 }
 
 type kill struct {
@@ -69,7 +79,7 @@ type ready struct {
 	events uint32
 }
 
-func newWorker(e *Engine, base time.Time, tick time.Duration) (*worker, error) {
+func newWorker(e *Engine, index int, base time.Time, tick time.Duration) (*worker, error) {
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("epoll_create1: %w", err)
@@ -80,7 +90,7 @@ func newWorker(e *Engine, base time.Time, tick time.Duration) (*worker, error) {
 		return nil, fmt.Errorf("eventfd2: %w", err)
 	}
 	w := &worker{
-		e: e, base: base, ep: ep, evt: evt,
+		e: e, index: index, base: base, ep: ep, evt: evt,
 		buf: make([]byte, e.tune.buffer), until: math.MaxInt64, wake: make(chan struct{}, 1),
 	}
 	w.wheel.tick = int64(tick)
@@ -110,38 +120,50 @@ func (w *worker) add(t *Tunnel) error {
 	if w.closing {
 		return ErrClosed
 	}
-	if k := len(w.vacant); k > 0 {
-		t.slot, w.vacant = w.vacant[k-1], w.vacant[:k-1]
-	} else {
-		t.slot = uint32(len(w.slots))
-		w.slots = append(w.slots, slot{})
-	}
+	t.slot = w.occupy(slot{t: t})
 	t.gen = w.slots[t.slot].gen
 	for side := range t.fd {
 		if err := t.arm(side); err != nil {
 			// The first side's events carry a generation that ends here.
-			w.vacate(t)
+			w.vacate(t.slot)
 			return fmt.Errorf("relay: epoll_ctl: %w", err)
 		}
 	}
-	w.slots[t.slot].t = t
 	w.open.Add(1)
 	t.slotted = -1
 	if due := t.due(); due != math.MaxInt64 {
-		w.wheel.put(t, due)
-		if due < w.until {
-			w.until = due
-			w.rouse()
-		}
+		w.schedule(t, due)
 	}
 	return nil
 }
 
-// vacate frees t's slot. It needs the lock.
-func (w *worker) vacate(t *Tunnel) {
-	w.slots[t.slot].t = nil
-	w.slots[t.slot].gen++
-	w.vacant = append(w.vacant, t.slot)
+// schedule files t under a time (ns). It needs the lock.
+func (w *worker) schedule(t *Tunnel, due int64) {
+	w.wheel.put(t, due)
+	if due < w.until && !w.awake {
+		w.until = due
+		w.rouse()
+	}
+}
+
+// occupy puts a tenant into a free slot, whose generation goes on. It needs the
+// lock.
+func (w *worker) occupy(s slot) uint32 {
+	i := uint32(len(w.slots))
+	if k := len(w.vacant); k > 0 {
+		i, w.vacant = w.vacant[k-1], w.vacant[:k-1]
+		s.gen = w.slots[i].gen
+		w.slots[i] = s
+	} else {
+		w.slots = append(w.slots, s)
+	}
+	return i
+}
+
+// vacate frees a slot. It needs the lock.
+func (w *worker) vacate(i uint32) {
+	w.slots[i] = slot{gen: w.slots[i].gen + 1}
+	w.vacant = append(w.vacant, i)
 }
 
 // rouse ends the worker's wait. It needs the lock.
@@ -179,6 +201,8 @@ func (w *worker) run() {
 		todo    = make([]ready, 0, batch)
 		expired []*Tunnel
 		kills   []kill
+		steps   []*Task
+		accepts []*Acceptor
 		wait    = -1
 		slice   int64 // when the goroutine last let others run
 	)
@@ -190,6 +214,7 @@ func (w *worker) run() {
 		w.now = w.clock()
 
 		w.mu.Lock()
+		w.awake = true
 		for _, ev := range events[:max(n, 0)] {
 			if ev.Fd == wakeSlot {
 				var b [8]byte
@@ -197,12 +222,22 @@ func (w *worker) run() {
 				w.woken = false
 				continue
 			}
-			if s := w.slots[ev.Fd>>1]; s.t != nil && s.gen == uint32(ev.Pad) {
+			s := w.slots[ev.Fd>>1]
+			switch {
+			case s.gen != uint32(ev.Pad):
+			case s.from != nil:
+				s.from.active.Add(1)
+				accepts = append(accepts, s.from)
+			case s.t == nil:
+			case s.t.task != nil:
+				w.resume(s.t.task, ev.Events, nil)
+			default:
 				todo = append(todo, ready{s.t, int(ev.Fd & 1), ev.Events})
 			}
 		}
 		kills, w.kills = w.kills, kills[:0]
-		expired = w.wheel.advance(w.now, expired[:0])
+		expired = w.expire(expired[:0])
+		steps, w.steps = w.steps, steps[:0]
 		closing := w.closing
 		w.mu.Unlock()
 
@@ -215,10 +250,18 @@ func (w *worker) run() {
 		for _, r := range todo {
 			r.t.handle(r.side, r.events)
 		}
+		for _, k := range steps {
+			k.step()
+		}
+		for _, a := range accepts {
+			a.accept(w)
+		}
 		clear(kills)
 		clear(expired)
 		clear(todo)
-		todo = todo[:0]
+		clear(steps)
+		clear(accepts)
+		todo, accepts = todo[:0], accepts[:0]
 		w.trim()
 		if err != nil {
 			w.e.log.Error("relay worker cannot wait for events", "err", err)
@@ -229,45 +272,76 @@ func (w *worker) run() {
 		}
 		reported := w.settle()
 		wait = w.wait()
-		// A worker with no end of work never enters the scheduler by itself,
-		// and would keep its P for 10 ms at a time.
-		if reported || w.now-slice > int64(time.Millisecond) {
+		// A worker never enters the scheduler by itself, and would keep its P
+		// for 10 ms at a time. From then on sysmon takes the P away in every
+		// wait, and looks for such every 20 us.
+		if reported || w.now-slice > busy {
 			slice = w.now
 			runtime.Gosched()
 		}
 	}
 }
 
+// expire appends the tunnels that are over a limit to out, and ends the waits
+// that are. It needs the lock.
+func (w *worker) expire(out []*Tunnel) []*Tunnel {
+	all := w.wheel.advance(w.now, out)
+	out = all[:0]
+	for _, t := range all {
+		if t.task != nil {
+			w.resume(t.task, 0, os.ErrDeadlineExceeded)
+		} else {
+			out = append(out, t)
+		}
+	}
+	clear(all[len(out):])
+	return out
+}
+
 // settle frees the slots of the tunnels that ended and hands their results
-// over. It says whether there were any.
+// over. It says whether the goroutine that reports them has work.
 func (w *worker) settle() bool {
 	if len(w.dead) == 0 {
 		return false
 	}
 	w.mu.Lock()
+	reports := false
 	for _, t := range w.dead {
 		w.wheel.drop(t)
-		w.vacate(t)
-		if t.done != nil {
+		w.vacate(t.slot)
+		if t.done != nil && !t.prompt {
 			w.finished = append(w.finished, ended{t.done, t.result()})
 			t.done = nil
+			reports = true
 		}
 	}
 	w.open.Add(-int64(len(w.dead)))
 	w.mu.Unlock()
+	for _, t := range w.dead {
+		if t.done != nil {
+			t.done(t.result())
+			t.done = nil
+		}
+	}
 	clear(w.dead)
 	w.dead = w.dead[:0]
-	select {
-	case w.wake <- struct{}{}:
-	default:
+	if reports {
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
 	}
-	return true
+	return reports
 }
 
 // wait returns how long epoll_wait may take, in milliseconds.
 func (w *worker) wait() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if len(w.steps) > 0 {
+		return 0
+	}
+	w.awake = false
 	w.until = math.MaxInt64
 	if due, ok := w.wheel.next(); ok {
 		w.until = due
@@ -288,13 +362,22 @@ func (w *worker) end() {
 	w.closing = true
 	all := make([]*Tunnel, 0, len(w.slots))
 	for _, s := range w.slots {
-		if s.t != nil {
+		switch {
+		case s.t == nil:
+		case s.t.task != nil:
+			w.resume(s.t.task, 0, ErrClosed)
+		default:
 			all = append(all, s.t)
 		}
 	}
+	steps := w.steps
+	w.steps = nil
 	w.mu.Unlock()
 	for _, t := range all {
 		t.abort(ErrClosed)
+	}
+	for _, k := range steps {
+		k.step()
 	}
 	w.settle()
 	for _, p := range w.pipes.free {
@@ -304,7 +387,12 @@ func (w *worker) end() {
 	w.mu.Lock()
 	w.closed = true
 	w.release()
+	routines := w.routines
+	w.routines = nil
 	w.mu.Unlock()
+	for _, r := range routines {
+		r.stop()
+	}
 	close(w.wake)
 }
 

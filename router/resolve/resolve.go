@@ -201,6 +201,38 @@ func (r *Resolver) Lookup(ctx context.Context, host string, want selection.Famil
 	return r.search(ctx, st, host, &n, want)
 }
 
+// Ready reports whether Lookup has the answer at hand, so that it does not block.
+func (r *Resolver) Ready(host string, want selection.Family) bool {
+	if _, ok := literal(host); ok {
+		return true
+	}
+	var n name
+	if !n.set(host) {
+		return true
+	}
+	st := r.current.Load()
+	if _, ok := st.hosts[string(n.host())]; ok || n.under("localhost") {
+		return true
+	}
+	if st.conf.noAAAA {
+		want &^= selection.V6
+	}
+	for i := range st.conf.tries(&n) {
+		full, ok := st.conf.try(&n, i)
+		if !ok {
+			continue
+		}
+		sets := st.cache.get(full, r.now())
+		if missing(sets, want) {
+			return false
+		}
+		if _, bad := assemble(sets, want); bad == nil || bad.kind == failed {
+			return true
+		}
+	}
+	return true
+}
+
 // static is the answer of a name whose addresses are all known beforehand.
 func (r *Resolver) static(host string, v4, v6 []netip.Addr, want selection.Family) (Answer, error) {
 	var a Answer
