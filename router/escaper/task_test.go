@@ -111,7 +111,8 @@ func TestTaskErrors(t *testing.T) {
 	d := door(t, direct(t, escaper.Options{
 		EnableSelection: true, ConnectTimeout: 200 * time.Millisecond,
 		Nodes: []escaper.NodeOptions{
-			{ID: "a", V4: addr("127.0.0.2"), Weight: 1}, {ID: "gone", V4: addr("192.0.2.77"), Weight: 1},
+			{ID: "a", V4: addr("127.0.0.2"), Weight: 1},
+			{ID: "gone", V4: addr("192.0.2.77"), Weight: 1},
 			{ID: "dev", V4: addr("127.0.0.4"), Interface: "nosuch0", BindToDevice: true, Weight: 1},
 		},
 	}))

@@ -177,9 +177,9 @@ func (a *Acceptor) accept(w *worker) {
 	defer a.active.Done()
 	// Not package unix's, which asks the kernel for the protocol as well.
 	fd, sa, err := syscall.Accept4(a.l.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-	switch err {
-	case nil:
-	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR), errors.Is(err, unix.ECONNABORTED):
 		return
 	default:
 		a.pause(w, err)
