@@ -254,16 +254,16 @@ func (w Want) fromRule(p netip.Prefix, u Uplink) Rule {
 // stays with it.
 func (u Uplink) offLink(f Family, onLink, taken []netip.Prefix, out *wish) (list, all []netip.Prefix) {
 	onLink = aggregate(onLink)
-	own := make([]netip.Prefix, 0, len(u.Addresses)+len(u.Local))
-	for _, a := range u.Addresses {
-		own = append(own, netip.PrefixFrom(a, a.BitLen()))
-	}
 	var shared []netip.Prefix
 	all = slices.Clone(taken)
-	for _, p := range append(own, u.Local...) {
+	node := func(p netip.Prefix) {
 		a := p.Addr()
 		if familyOf(a) != f || a.IsLinkLocalUnicast() || a.IsLoopback() || a.IsMulticast() || a.IsUnspecified() {
-			continue
+			return
+		}
+		if len(all) == len(taken) { // its first; single addresses are mostly of one family
+			all = slices.Grow(all, len(u.Addresses))
+			list = make([]netip.Prefix, 0, len(u.Addresses))
 		}
 		all = append(all, p)
 		switch {
@@ -273,9 +273,15 @@ func (u Uplink) offLink(f Family, onLink, taken []netip.Prefix, out *wish) (list
 			list = append(list, p)
 		}
 	}
+	for _, a := range u.Addresses {
+		node(netip.PrefixFrom(a, a.BitLen()))
+	}
+	for _, p := range u.Local {
+		node(p)
+	}
 	if len(shared) > 0 {
-		out.note("uplink %s: %s and %d more of its nodes are those of an uplink with a lower number too: packets from them that have no mark leave by that one",
-			u.Name, nodeName(shared[0]), len(shared)-1)
+		out.note("uplink %s: an uplink with a lower number has nodes of it too (%d, from %s on): packets from them that have no mark leave by that one",
+			u.Name, len(shared), nodeName(shared[0]))
 	}
 	return aggregate(list), aggregate(all)
 }
@@ -289,7 +295,7 @@ func (u Uplink) fewest(f Family, list []netip.Prefix, out *wish) []netip.Prefix 
 	slices.SortStableFunc(list, func(a, b netip.Prefix) int { return a.Bits() - b.Bits() })
 	rest := list[maxNodeRules:]
 	out.note("uplink %s: its %s nodes outside of the on-link prefixes of %s take %d prefixes, of which %d at most get a rule: "+
-		"resets and ICMP errors that the host itself sends from the other %d addresses (from %s on) go by table main; "+
+		"resets and ICMP errors that the host itself sends from the others (addresses: %d, from %s on) go by table main; "+
 		"use whole aligned blocks, or give %s an address with the prefix that holds them",
 		u.Name, f, u.Interface, len(list), maxNodeRules, addressCount(rest), nodeName(rest[0]), u.Interface)
 	return list[:maxNodeRules]

@@ -23,6 +23,13 @@ import (
 // whose address is still tentative then has a state of its own.
 const dadTimeout = 5 * time.Second
 
+// closeTimeout is how long sockets that the kernel is closing may take before
+// the rules that they go by are removed, and closeEvery how often it is asked.
+const (
+	closeTimeout = 2 * time.Second
+	closeEvery   = 20 * time.Millisecond
+)
+
 // noInterface is the index of no interface: a guard with it lets nothing out.
 // 0 would let out by any.
 const noInterface = 1<<31 - 1
@@ -112,6 +119,11 @@ func (r *Router) openKernel() (err error) {
 	}
 	if k.claim, err = k.net.Claim(); err != nil {
 		return fmt.Errorf("%w (give each daemon its own netcfg.mark_mask, table_base and rule_priority)", err)
+	}
+	// Sockets that a killed daemon has left still carry marks, and its uplinks
+	// may have had other numbers: ended while its rules stand.
+	if err = r.endSockets(0); err != nil {
+		return err
 	}
 	if !r.o.Config.Accounting {
 		r.log.Warn("accounting is off: the kernel neither counts nor guards")
@@ -229,6 +241,11 @@ func (r *Router) closeKernel() error {
 	var errs []error
 	keep := r.o.Config.KeepOnStop
 	if k.claim != nil && !keep { // without the claim it is another daemon's
+		// What the kernel still closes by itself would go by the main table
+		// once the rules are gone.
+		if err := r.endSockets(closeTimeout); err != nil {
+			errs = append(errs, err)
+		}
 		if err := clean(k.net, r.want.Layout, r.log); err != nil {
 			errs = append(errs, fmt.Errorf("clean the network: %w", err))
 		}
@@ -250,6 +267,42 @@ func (r *Router) closeKernel() error {
 		errs = append(errs, k.net.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// endSockets ends the paths' sockets that the kernel goes on closing when their
+// process does not have them any more, after giving them a while to close by
+// themselves. Without uplinks there is nothing that they could miss.
+func (r *Router) endSockets(patience time.Duration) error {
+	if len(r.want.Uplinks) == 0 {
+		return nil
+	}
+	one, err := r.plan.layout.Mark(bpf.ClassPath, 0, 1)
+	if err != nil {
+		return err
+	}
+	class := r.plan.layout.ClassMask
+	m := netcfg.Mark{Value: one & class, Mask: class}
+	ctx, cancel := context.WithTimeout(context.Background(), patience+closeTimeout)
+	defer cancel()
+	// The kernel tells of no socket's end, so it is asked again and again.
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(closeEvery) {
+		n, err := r.kernel.net.CountSockets(ctx, m)
+		if err != nil {
+			return err
+		}
+		if n.Total() == n[netcfg.TimeWait]+n[netcfg.FinWait2] { // the rest has all been acknowledged
+			break
+		}
+	}
+	n, err := r.kernel.net.EndSockets(ctx, m)
+	if errors.Is(err, netcfg.ErrNoDestroy) {
+		r.log.Warn("the kernel cannot end sockets: the last packets of those that it is closing may leave by the main table", "err", err)
+		return nil
+	}
+	if n > 0 {
+		r.log.Info("sockets ended that were left to the kernel", "sockets", n)
+	}
+	return err
 }
 
 // clean removes all that is ours of the network's state.

@@ -265,7 +265,7 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 				Idle: sc.PipelineReadIdleTimeout, Head: sc.ReqHeaderRecvTimeout, Auth: sc.AuthTimeout,
 				Response: sc.RspHeaderRecvTimeout, Stall: sc.BodyStallTimeout, Write: sc.SendTimeout, TunnelIdle: sc.TunnelIdleTimeout,
 			},
-			Open: p.door.Open, Relay: r.relay, Logger: r.log,
+			Admit: r.limits.admit, Open: p.door.Open, Relay: r.relay, Logger: r.log,
 			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)), Prompt: r.access.log == nil,
 		})
 		if err != nil {

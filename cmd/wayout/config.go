@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"wayout/router"
+	"wayout/router/auth"
 	"wayout/router/config"
 	"wayout/router/control"
 )
@@ -28,7 +29,7 @@ func (f *flags) loadConfig() (*config.Config, error) {
 			return nil, nil //nolint:nilnil // documented: neither a configuration nor a mistake
 		}
 	}
-	c, err := config.Load(path)
+	c, err := config.Loader{Hash: auth.ValidateHash}.Load(path)
 	if err != nil {
 		return nil, &exitError{code: exitUsage, err: err}
 	}

@@ -47,8 +47,8 @@ func (k *kernelScene) foreign() {
 	}
 }
 
-// unchanged is what plan, apply and clean say when there is nothing to do.
-const unchanged = "nothing to change in addresses, rules and routes\n"
+// unchanged is what plan, apply and clean print when there is nothing to do.
+const unchanged = ""
 
 // TestPlanApplyClean compares what plan says with what apply does and with what
 // the ip program makes of the commands; and clean leaves what was there.

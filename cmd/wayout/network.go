@@ -67,7 +67,8 @@ func network(e *env, f *flags, args []string, do func(*config.Config) (router.Ch
 		fmt.Fprintln(e.stdout, line)
 	}
 	if len(changes.Commands) == 0 {
-		fmt.Fprintln(e.stdout, "nothing to change in addresses, rules and routes")
+		// Not on the output, which is for a shell.
+		fmt.Fprintln(e.stderr, "wayout: nothing to change in addresses, rules and routes")
 	}
 	return nil
 }

@@ -111,7 +111,10 @@ func TestConnectionsEndWithTheirAddress(t *testing.T) {
 				return
 			}
 			accepted <- c
-			go func() { _, _ = io.Copy(c, c) }()
+			go func() {
+				_, _ = io.Copy(c, c)
+				c.Close()
+			}()
 		}
 	}()
 	t.Cleanup(func() { l.Close() })

@@ -14,9 +14,21 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
+// A Loader reads configurations, with the checks that are others' knowledge. The zero value makes none of them.
+type Loader struct {
+	// Hash says what is wrong with a password hash of the right form. Its error must not hold the hash.
+	Hash func(string) error
+}
+
+// Load is Loader.Load of the zero Loader.
+func Load(path string) (*Config, error) { return Loader{}.Load(path) }
+
+// Parse is Loader.Parse of the zero Loader.
+func Parse(name string, data []byte) (*Config, error) { return Loader{}.Parse(name, data) }
+
 // Load reads and checks a configuration file. What is wrong with its content comes as Errors; another error means that
 // it could not be read.
-func Load(path string) (*Config, error) {
+func (l Loader) Load(path string) (*Config, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("open configuration: %w", err)
@@ -26,13 +38,14 @@ func Load(path string) (*Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
-	return Parse(path, data)
+	return l.Parse(path, data)
 }
 
 // Parse checks the text of a configuration file; name stands for it in errors. Every error is an Errors with all
 // mistakes of the file.
-func Parse(name string, data []byte) (*Config, error) {
+func (l Loader) Parse(name string, data []byte) (*Config, error) {
 	d := newDecoder(name)
+	d.Loader = l
 	root := d.document(data)
 	if root == nil {
 		return nil, d.errs
@@ -57,6 +70,7 @@ const (
 // A decoder reads one file. It goes on after a mistake: what is wrong keeps its default, so that later checks are about
 // what the file says.
 type decoder struct {
+	Loader
 	file     string
 	errs     Errors
 	tables   map[reflect.Type]*table

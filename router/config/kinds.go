@@ -317,7 +317,7 @@ func (d *decoder) headerName(p *place, _ *field, v reflect.Value) {
 	}
 	switch strings.ToLower(s) {
 	case "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
-		"proxy-authenticate", "proxy-authorization", "proxy-authentication-info", "proxy-status", "via", "http2-settings":
+		"proxy-authenticate", "proxy-authorization", "proxy-authentication-info", "proxy-status", "x-egress-ip", "via", "http2-settings":
 		d.fail(p, "is a header between client and proxy with a meaning of its own")
 	case "host", "content-length", "content-type", "content-encoding", "content-range", "expect", "range", "date",
 		"authorization", "cookie", "accept", "accept-encoding", "cache-control", "max-forwards", "user-agent":
@@ -335,8 +335,7 @@ func notTokenChar(r rune) bool {
 	return !strings.ContainsRune("!#$%&'*+-.^_`|~", r)
 }
 
-// hash checks the shape alone; whoever makes users of it checks the parameters. The value is in no error: it may be a
-// password.
+// hash checks the form, and the Loader's Hash the rest. The value is in no error: it may be a password.
 func (d *decoder) hash(p *place, _ *field, v reflect.Value) {
 	if p.node.Kind != yaml.ScalarNode {
 		d.fail(p, "want a single value")
@@ -362,6 +361,11 @@ func (d *decoder) hash(p *place, _ *field, v reflect.Value) {
 		bad = "want an argon2id or bcrypt hash"
 	default:
 		bad = "plain text is refused: put what wayout hash-password prints here"
+	}
+	if bad == "" && d.Hash != nil {
+		if err := d.Hash(s); err != nil {
+			bad = err.Error()
+		}
 	}
 	if bad != "" {
 		d.failGot(p, p.node.Line, hidden, "%s", bad)

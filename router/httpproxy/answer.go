@@ -38,6 +38,7 @@ func judge(err error) verdict {
 		{errCredentialsMissing, verdict{http.StatusProxyAuthRequired, "http_request_denied", false}},
 		{errCredentials, verdict{http.StatusProxyAuthRequired, "http_request_denied", false}},
 		{errAuthBusy, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
+		{errNoRoom, verdict{http.StatusServiceUnavailable, "connection_limit_reached", true}},
 
 		{selection.ErrMalformed, verdict{http.StatusBadRequest, "http_request_error", false}},
 		{selection.ErrUnknown, verdict{http.StatusBadRequest, "http_request_error", false}},
@@ -119,8 +120,8 @@ func (x *exchange) refuse(err error) outcome {
 	v := judge(err)
 	more := x.wantsMore && x.body.done && x.rec.Method != "CONNECT" && !x.s.draining.Load()
 	var f fault
-	if errors.As(err, &f) && !isOrigin(err) {
-		more = false
+	if errors.As(err, &f) && !isOrigin(err) || errors.Is(err, errNoRoom) {
+		more = false // where room is short, a client's connection is too
 	}
 	w := x.out(smallBuffer)
 	w.out = x.appendAnswer(w.out, &v, err, more)

@@ -124,6 +124,9 @@ func (x *exchange) run() outcome {
 	if bodyErr != nil {
 		return x.refuse(bodyErr)
 	}
+	if err := x.admit(); err != nil {
+		return x.refuse(err)
+	}
 	x.req = &escaper.Request{
 		Server: x.s.o.Name, Escaper: x.s.o.Escaper,
 		Client: x.c.client, Local: x.c.local,
@@ -191,6 +194,21 @@ func (x *exchange) startBody() {
 	// interim answers (RFC 9110, section 10.1.1).
 	x.expects = x.head.expect && frame != frameNone && !x.oldClient
 }
+
+// admit says whether there is room for the request. It comes before the
+// credentials, because a password that has to be hashed takes memory too.
+func (x *exchange) admit() error {
+	if x.s.o.Admit == nil {
+		return nil
+	}
+	if err := x.s.o.Admit(); err != nil {
+		return fmt.Errorf("%w: %w", errNoRoom, err)
+	}
+	return nil
+}
+
+// errNoRoom: the daemon takes no new work.
+var errNoRoom = errors.New("no room for this request")
 
 // authenticate checks the credentials, if the server asks for any.
 func (x *exchange) authenticate() error {

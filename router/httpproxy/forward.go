@@ -231,6 +231,9 @@ func (x *exchange) receiveHead() error {
 // fail answers a request that got no response. A fault of the client's own, in
 // the body, comes first: it is what ended the exchange.
 func (x *exchange) fail(err error) outcome {
+	if x.upload.running && x.upload.over() && isTimeout(x.upload.dstErr) {
+		err = &originError{x.upload.dstErr}
+	}
 	srcErr := x.upload.abandon(x)
 	_ = x.conn.Close()
 	var f fault
@@ -273,8 +276,9 @@ func (u *upload) start(x *exchange) {
 func (u *upload) run(x *exchange) {
 	u.srcErr, u.dstErr = x.body.copyTo(&x.upw, flow{frame: x.body.frame, stall: x.s.o.Timeouts.Stall, began: &u.began})
 	u.ended.Store(time.Now().UnixNano())
-	if u.srcErr != nil {
-		// Nothing that the origin says to half a request is worth waiting for.
+	if u.srcErr != nil || isTimeout(u.dstErr) {
+		// Nothing that the origin says to half a request is worth waiting for,
+		// be it the client that stopped or the origin that takes no more.
 		x.up.stop()
 	}
 	close(u.done)

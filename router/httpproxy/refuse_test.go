@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -460,5 +461,42 @@ func TestNewRefuses(t *testing.T) {
 		if _, err := httpproxy.New(o); err == nil {
 			t.Errorf("accepted: header %q, door %v, relay %v", o.SelectionHeader, o.Open != nil, o.Relay != nil)
 		}
+	}
+}
+
+// TestNoRoom refuses before credentials are looked at, and ends the client's
+// connection; when there is room again a request is served.
+func TestNoRoom(t *testing.T) {
+	t.Parallel()
+	var full atomic.Bool
+	full.Store(true)
+	r := newRig(t, func(o *httpproxy.Options) {
+		o.Group = group(t, auth.User{Name: "alice"})
+		o.Admit = func() error {
+			if full.Load() {
+				return errors.New("out of everything")
+			}
+			return nil
+		}
+	})
+	at := origin(t, whoami)
+	for _, request := range []string{
+		"GET http://" + at + "/ HTTP/1.1\r\nHost: " + at + "\r\n\r\n",
+		"CONNECT " + at + " HTTP/1.1\r\nHost: " + at + "\r\n\r\n",
+	} {
+		w := r.dial()
+		w.send(request)
+		res, _ := w.response("GET")
+		if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") != "1" ||
+			!strings.Contains(res.Header.Get("Proxy-Status"), "error=connection_limit_reached;") {
+			t.Errorf("%q: %d %v", request, res.StatusCode, res.Header)
+		}
+		w.ended()
+	}
+	full.Store(false)
+	w := r.dial()
+	w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: " + at + "\r\n\r\n")
+	if res, _ := w.response("GET"); res.StatusCode != http.StatusProxyAuthRequired {
+		t.Errorf("with room: %d", res.StatusCode)
 	}
 }

@@ -49,6 +49,9 @@ type Options struct {
 	Limits   Limits
 	Timeouts Timeouts
 
+	// Admit is asked before anything is done for a request: an error refuses it
+	// with 503, because the daemon's means run short. nil admits all.
+	Admit func() error
 	// Open is the one door (escaper.Door.Open).
 	Open func(context.Context, *escaper.Request) (*escaper.Conn, error)
 	// Relay moves the bytes of tunnels.
