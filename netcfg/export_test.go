@@ -114,9 +114,6 @@ var (
 	ParseNFTRule = parseNFTRule
 	ParseClaims  = parseClaims
 	EachMessage  = eachMessage
-	Aggregate    = aggregate
-	Covers       = covers
-	AddressCount = addressCount
 	EncodeAddr   = encodeAddr
 	EncodeRoute  = encodeRoute
 	EncodeRule   = encodeRule

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,6 +31,12 @@ type wire struct {
 	near, far int // descriptors; -1: closed
 	port      int // of the near end
 }
+
+// nextPort gives every socket of a test a port of its own, below those that the kernel
+// chooses from, so that ss can be asked for it.
+var nextPort atomic.Int32
+
+func port() int { return 10000 + int(nextPort.Add(1))%20000 }
 
 // loopback is an address for sockets of a family; mapped ones are of IPv6 and talk
 // IPv4.
@@ -73,11 +80,18 @@ func (l loopback) socket(t *testing.T, mark uint32) int {
 
 func (l loopback) listener(t *testing.T, mark uint32, backlog int) (fd, port int) {
 	t.Helper()
-	fd = l.socket(t, mark)
-	must(t, unix.Bind(fd, l.at(0)))
+	fd = l.bound(t, mark)
 	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4096))
 	must(t, unix.Listen(fd, backlog))
 	return fd, portOf(t, fd)
+}
+
+// bound is a socket at a port of its own.
+func (l loopback) bound(t *testing.T, mark uint32) int {
+	t.Helper()
+	fd := l.socket(t, mark)
+	must(t, unix.Bind(fd, l.at(port())))
+	return fd
 }
 
 func portOf(t *testing.T, fd int) int {
@@ -98,7 +112,7 @@ func portOf(t *testing.T, fd int) int {
 func (l loopback) connect(t *testing.T, mark uint32) *wire {
 	t.Helper()
 	listener, port := l.listener(t, 0, 8)
-	near := l.socket(t, mark)
+	near := l.bound(t, mark)
 	if err := unix.Connect(near, l.at(port)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		t.Fatal(err)
 	}
@@ -234,7 +248,7 @@ func socketCases() []socketCase {
 		{"connecting", netcfg.SynSent, "SYN-SENT", false, false, func(t *testing.T, l loopback, mark uint32) *wire {
 			full, port := l.listener(t, 0, 0)
 			t.Cleanup(func() { _ = unix.Close(full) })
-			first, near := l.socket(t, 0), l.socket(t, mark)
+			first, near := l.socket(t, 0), l.bound(t, mark)
 			t.Cleanup(func() { _ = unix.Close(first) })
 			_ = unix.Connect(first, l.at(port))
 			ready(t, first, unix.POLLOUT)

@@ -2,7 +2,6 @@ package netcfg
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 
@@ -21,13 +20,7 @@ const (
 // each grows with their number (5,000 take a second, 65,000 over ten minutes).
 const manyAddresses = 10_000
 
-// maxNodeRules is how many `from` rules an uplink gets per family for node
-// addresses that are in no on-link prefix of its interface. The kernel tries rules
-// one after the other, for each packet that it looks a route up for.
-const maxNodeRules = 64
-
-// Mark selects packets and sockets by their fwmark: those with Value in the bits of
-// Mask.
+// Mark selects packets by their fwmark.
 type Mark struct {
 	Value uint32
 	Mask  uint32
@@ -42,6 +35,10 @@ type Uplink struct {
 	Gateway4  netip.Addr // the zero Addr: only neighbours on the link are reached
 	Gateway6  netip.Addr
 	Mark      Mark
+
+	// Bare says that nodes without an address of their own leave by the uplink,
+	// in both families.
+	Bare bool
 
 	ManageAddresses bool
 	Addresses       []netip.Addr   // of its nodes; put on the interface when ManageAddresses is set
@@ -102,11 +99,19 @@ func (u Uplink) validate(l Layout) error {
 		}
 	}
 	for _, p := range u.Local {
-		if !p.IsValid() || p.Masked() != p || p.Addr().Is4In6() || p.Bits() == 0 {
-			return fmt.Errorf("prefix %s: want a prefix without host bits that is not everything", p)
+		if !p.IsValid() || p.Masked() != p || p.Addr().Is4In6() {
+			return fmt.Errorf("prefix %s: want a prefix without host bits", p)
 		}
 	}
 	return nil
+}
+
+// serves says whether the uplink has anything of a family. Without, it has no
+// say in how the host's own addresses of that family leave.
+func (u Uplink) serves(f Family) bool {
+	return u.Bare || u.gateway(f).IsValid() ||
+		slices.ContainsFunc(u.Addresses, func(a netip.Addr) bool { return familyOf(a) == f }) ||
+		slices.ContainsFunc(u.Local, func(p netip.Prefix) bool { return familyOf(p.Addr()) == f })
 }
 
 func (u Uplink) gateway(f Family) netip.Addr {
@@ -136,9 +141,6 @@ func (w Want) spell(have *Snapshot) wish {
 		fams = append(fams, IPv6)
 	}
 	claims := make(map[netip.Prefix]Uplink)
-	nodes := make(map[netip.Prefix]Uplink)
-	taken := make(map[Family][]netip.Prefix) // by the nodes of the uplinks before
-	var stay []fromRule
 	for _, u := range uplinks {
 		link, ok := have.Link(u.Interface)
 		switch {
@@ -151,51 +153,27 @@ func (w Want) spell(have *Snapshot) wish {
 			out.routes = append(out.routes, w.lastResort(f, u))
 			out.rules = append(out.rules, w.markRule(f, u))
 			near := have.neighbours(link, f)
-			onLink := slices.Clone(near.sources)
 			if ok && link.Admin {
 				out.routes = append(out.routes, w.uplinkRoutes(f, u, link, near)...)
 			} else {
-				for _, r := range w.fromRulesThere(have, f, u) {
-					stay = append(stay, fromRule{r, u.Number})
-					onLink = append(onLink, r.Src)
-				}
+				out.rules = append(out.rules, w.fromRulesThere(have, f, u)...)
+			}
+			if !u.serves(f) {
+				continue
 			}
 			for _, p := range near.sources {
 				w.claim(claims, p, u, &out)
-			}
-			var offLink []netip.Prefix
-			offLink, taken[f] = u.offLink(f, onLink, taken[f], &out)
-			for _, p := range u.fewest(f, offLink, &out) {
-				nodes[p] = u
 			}
 		}
 		out.addrs = append(out.addrs, w.addresses(have, u, link, ok, &out)...)
 		out.routes = append(out.routes, w.localRoutes(have, u)...)
 	}
-	// An address that has become a node of another uplink is no longer that of an
-	// uplink which is down.
-	for _, s := range stay {
-		moved := false
-		for p, u := range nodes {
-			moved = moved || u.Number != s.uplink && p.Bits() <= s.rule.Src.Bits() && p.Contains(s.rule.Src.Addr())
-		}
-		if !moved {
-			out.rules = append(out.rules, s.rule)
-		}
-	}
-	maps.Copy(claims, nodes) // what is configured comes before what is seen
 	for p, u := range claims {
 		if r := w.fromRule(p, u); !slices.Contains(out.rules, r) {
 			out.rules = append(out.rules, r)
 		}
 	}
 	return out
-}
-
-// fromRule is one that stays in the kernel while its uplink's interface is down.
-type fromRule struct {
-	rule   Rule
-	uplink int
 }
 
 func (o *wish) note(format string, args ...any) {
@@ -246,67 +224,6 @@ func (w Want) fromRule(p netip.Prefix, u Uplink) Rule {
 		Family: familyOf(p.Addr()), Priority: w.Layout.RulePriority + 1 + uint32(p.Addr().BitLen()-p.Bits()),
 		Table: w.Table(u), Src: p, IIF: "lo", Action: actionLookup, Protocol: Protocol,
 	}
-}
-
-// offLink gives the fewest prefixes that cover the addresses of an uplink's nodes,
-// its prefix nodes too, which are in none of onLink; and taken with all of its nodes
-// beside those of the uplinks before. An address that is a node of one of these
-// stays with it.
-func (u Uplink) offLink(f Family, onLink, taken []netip.Prefix, out *wish) (list, all []netip.Prefix) {
-	onLink = aggregate(onLink)
-	var shared []netip.Prefix
-	all = slices.Clone(taken)
-	node := func(p netip.Prefix) {
-		a := p.Addr()
-		if familyOf(a) != f || a.IsLinkLocalUnicast() || a.IsLoopback() || a.IsMulticast() || a.IsUnspecified() {
-			return
-		}
-		if len(all) == len(taken) { // its first; single addresses are mostly of one family
-			all = slices.Grow(all, len(u.Addresses))
-			list = make([]netip.Prefix, 0, len(u.Addresses))
-		}
-		all = append(all, p)
-		switch {
-		case covers(taken, p):
-			shared = append(shared, p)
-		case !covers(onLink, p):
-			list = append(list, p)
-		}
-	}
-	for _, a := range u.Addresses {
-		node(netip.PrefixFrom(a, a.BitLen()))
-	}
-	for _, p := range u.Local {
-		node(p)
-	}
-	if len(shared) > 0 {
-		out.note("uplink %s: an uplink with a lower number has nodes of it too (%d, from %s on): packets from them that have no mark leave by that one",
-			u.Name, len(shared), nodeName(shared[0]))
-	}
-	return aggregate(list), aggregate(all)
-}
-
-// fewest keeps the widest of an uplink's off-link prefixes, as many as there may be
-// rules for.
-func (u Uplink) fewest(f Family, list []netip.Prefix, out *wish) []netip.Prefix {
-	if len(list) <= maxNodeRules {
-		return list
-	}
-	slices.SortStableFunc(list, func(a, b netip.Prefix) int { return a.Bits() - b.Bits() })
-	rest := list[maxNodeRules:]
-	out.note("uplink %s: its %s nodes outside of the on-link prefixes of %s take %d prefixes, of which %d at most get a rule: "+
-		"resets and ICMP errors that the host itself sends from the others (addresses: %d, from %s on) go by table main; "+
-		"use whole aligned blocks, or give %s an address with the prefix that holds them",
-		u.Name, f, u.Interface, len(list), maxNodeRules, addressCount(rest), nodeName(rest[0]), u.Interface)
-	return list[:maxNodeRules]
-}
-
-// nodeName is an address, or the prefix of a prefix node.
-func nodeName(p netip.Prefix) string {
-	if p.IsSingleIP() {
-		return p.Addr().String()
-	}
-	return p.String()
 }
 
 // fromRulesThere gives the source rules of an uplink that the kernel has.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -29,10 +30,12 @@ type plan struct {
 	uplinks   map[string]uplink
 	host      *escaper.Host
 	table     *escaper.Table
-	door      *escaper.Door // of table, closed until the plan is in force
-	client    uint32        // mark of listeners and what they accept
-	control   uint32        // mark of the daemon's own traffic
-	taken     []uint32      // path numbers that the plan before does not have
+	door      *escaper.Door   // of table, closed until the plan is in force
+	client    uint32          // mark of listeners and what they accept
+	control   uint32          // mark of the daemon's own traffic
+	devices   []string        // interfaces that paths have to leave by
+	unbound   []*escaper.Path // paths that have only an interface
+	taken     []uint32        // path numbers that the plan before does not have
 }
 
 // uplink is an uplink with its number, which its table and its mark are made
@@ -171,8 +174,18 @@ func (r *Router) buildEscapers(p, prior *plan) error {
 		}
 		all = append(all, d)
 	}
-	p.table, err = escaper.NewTable(all...)
-	return err
+	if p.table, err = escaper.NewTable(all...); err != nil {
+		return err
+	}
+	for _, path := range p.table.Paths() {
+		if d := p.device(path); d != "" && !slices.Contains(p.devices, d) {
+			p.devices = append(p.devices, d)
+		}
+		if path.Unbound != 0 {
+			p.unbound = append(p.unbound, path)
+		}
+	}
+	return nil
 }
 
 func rules(list []config.Rule) []string {

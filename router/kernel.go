@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"wayout/bpf"
@@ -41,8 +42,8 @@ type kernel struct {
 	leaf  *bpf.Leaf
 	progs *bpf.Programs
 
-	guards    map[uint32]bpf.Guard // in force, by path number
-	inherited []uint32             // path numbers of a killed daemon with sockets left, maybe
+	guarded   guardFacts // what the guards in force were made of
+	inherited []uint32   // path numbers of a killed daemon with sockets left, maybe
 }
 
 // instance names what the daemon leaves in cgroups and bpffs, so that its next
@@ -74,11 +75,12 @@ func NetLayout(c *config.Config) netcfg.Layout {
 // addresses of paths that are on their way out.
 func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 	w := netcfg.Want{Layout: NetLayout(p.config)}
-	addrs := map[string][]netip.Addr{}
+	addrs, bare := map[string][]netip.Addr{}, map[string]bool{}
 	for _, path := range slices.Concat(p.table.Paths(), leaving) {
 		if path.Uplink == "" {
 			continue
 		}
+		bare[path.Uplink] = bare[path.Uplink] || path.Unbound != 0
 		for _, a := range []netip.Addr{path.V4, path.V6} {
 			if a.IsValid() {
 				addrs[path.Uplink] = append(addrs[path.Uplink], a)
@@ -94,7 +96,7 @@ func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 		w.Uplinks = append(w.Uplinks, netcfg.Uplink{
 			Name: u.Name, Number: int(u.number), Interface: u.Interface, Gateway4: u.Gateway4, Gateway6: u.Gateway6,
 			Mark:            netcfg.Mark{Value: value, Mask: mask},
-			ManageAddresses: u.ManageAddresses, Addresses: addrs[u.Name],
+			ManageAddresses: u.ManageAddresses, Addresses: addrs[u.Name], Bare: bare[u.Name],
 		})
 	}
 	if err := w.Validate(); err != nil {
@@ -107,7 +109,7 @@ func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 // It runs before the first socket is made: a socket stays in the cgroup that
 // it was made in.
 func (r *Router) openKernel() (err error) {
-	k := &kernel{guards: map[uint32]bpf.Guard{}}
+	k := &kernel{}
 	r.kernel = k
 	defer func() {
 		if err != nil {
@@ -375,7 +377,8 @@ func (r *Router) onChange(s *netcfg.Snapshot) {
 	}
 }
 
-// setGuards puts the guard of every path in force.
+// setGuards puts the guard of every path in force, when anything has changed
+// that they are made of.
 func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 	if r.kernel.progs == nil {
 		return nil
@@ -384,7 +387,11 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 	for _, l := range s.Links {
 		index[l.Name] = uint32(l.Index)
 	}
-	var changed []bpf.Entry
+	facts := guardFacts{plan: p, text: p.guardFacts(index)}
+	if facts == r.kernel.guarded {
+		return nil
+	}
+	var all []bpf.Entry
 	for _, path := range slices.Concat(p.table.Paths(), r.leaving) {
 		var g bpf.Guard
 		if device := p.device(path); device != "" {
@@ -397,20 +404,32 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 		if !g.V4.IsValid() && !g.V6.IsValid() {
 			continue // its interface has no address: a number without a guard sends nothing
 		}
-		if old, ok := r.kernel.guards[path.Number]; !ok || old != g {
-			changed = append(changed, bpf.Entry{Num: path.Number, Guard: g})
-		}
+		all = append(all, bpf.Entry{Num: path.Number, Guard: g})
 	}
-	if len(changed) == 0 {
-		return nil
-	}
-	if err := r.kernel.progs.SetPaths(changed); err != nil {
+	if err := r.kernel.progs.SetPaths(all); err != nil {
 		return err
 	}
-	for _, e := range changed {
-		r.kernel.guards[e.Num] = e.Guard
-	}
+	r.kernel.guarded = facts
 	return nil
+}
+
+// guardFacts is what the guards of a plan depend on and the plan does not fix.
+type guardFacts struct {
+	plan *plan
+	text string
+}
+
+// guardFacts puts into words the numbers of the interfaces that paths leave
+// by, and the addresses of the paths that have none of their own.
+func (p *plan) guardFacts(index map[string]uint32) string {
+	var b strings.Builder
+	for _, d := range p.devices {
+		fmt.Fprintln(&b, d, index[d])
+	}
+	for _, path := range p.unbound {
+		fmt.Fprintln(&b, path.Number, path.Source(selection.V4), path.Source(selection.V6))
+	}
+	return b.String()
 }
 
 // guarded is what a path may send as its source in one family.

@@ -189,6 +189,5 @@ func (r *Router) clearGuard(number uint32) error {
 	if !r.accounted() {
 		return nil
 	}
-	delete(r.kernel.guards, number)
 	return r.kernel.progs.ClearPath(number)
 }

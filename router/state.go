@@ -77,7 +77,7 @@ func interfaceAddr(s *netcfg.Snapshot, l netcfg.Link, f selection.Family, now ne
 
 // setSources gives the paths that have only an interface an address of it.
 func (r *Router) setSources(p *plan, s *netcfg.Snapshot) {
-	for _, path := range p.table.Paths() {
+	for _, path := range p.unbound {
 		for _, f := range []selection.Family{selection.V4, selection.V6} {
 			if path.Unbound&f == 0 {
 				continue
