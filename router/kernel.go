@@ -27,7 +27,7 @@ const dadTimeout = 5 * time.Second
 // closeTimeout is how long sockets that the kernel is closing may take before
 // the rules that they go by are removed, and closeEvery how often it is asked.
 const (
-	closeTimeout = 2 * time.Second
+	closeTimeout = time.Second
 	closeEvery   = 20 * time.Millisecond
 )
 
@@ -292,7 +292,7 @@ func (r *Router) endSockets(patience time.Duration) error {
 		if err != nil {
 			return err
 		}
-		if n.Total() == n[netcfg.TimeWait]+n[netcfg.FinWait2] { // the rest has all been acknowledged
+		if n.Total() == n[netcfg.TimeWait] { // these have nothing left to say
 			break
 		}
 	}

@@ -231,10 +231,13 @@ func (x *exchange) receiveHead() error {
 // fail answers a request that got no response. A fault of the client's own, in
 // the body, comes first: it is what ended the exchange.
 func (x *exchange) fail(err error) outcome {
-	if x.upload.running && x.upload.over() && isTimeout(x.upload.dstErr) {
+	uploading := x.upload.running
+	srcErr := x.upload.abandon(x)
+	// An origin that took no more is why nothing was waited for; an upload that
+	// abandon has ended has another error.
+	if uploading && isTimeout(x.upload.dstErr) {
 		err = &originError{x.upload.dstErr}
 	}
-	srcErr := x.upload.abandon(x)
 	_ = x.conn.Close()
 	var f fault
 	switch {
