@@ -53,38 +53,6 @@ func RTTBound(bucket int) float64 {
 	return float64(uint64(128)<<bucket) / 1e6
 }
 
-// RTTCount is the number of samples.
-func (c *Counters) RTTCount() uint64 {
-	var n uint64
-	for _, v := range c.RTT {
-		n += v
-	}
-	return n
-}
-
-// RTTQuantile estimates a quantile (0 to 1) of the round-trip time in seconds,
-// taking samples as evenly spread within their bucket; 0 without samples. The
-// last bucket, which has no bound, is taken as one bound wide.
-func (c *Counters) RTTQuantile(q float64) float64 {
-	rank := q * float64(c.RTTCount())
-	if rank == 0 {
-		return 0
-	}
-	low, below := 0.0, 0.0
-	for i, v := range c.RTT {
-		high := RTTBound(i)
-		if math.IsInf(high, 1) {
-			high = 2 * low
-		}
-		if n := float64(v); n > 0 && below+n >= rank {
-			return low + (high-low)*(rank-below)/n
-		}
-		below += float64(v)
-		low = high
-	}
-	return low
-}
-
 // add and sub work field by field; sub stops at zero.
 func (c *Counters) add(o *Counters) {
 	a, b := c.fields(), o.fields()

@@ -15,28 +15,6 @@ func TestRTTBounds(t *testing.T) {
 	}
 }
 
-func TestRTTQuantile(t *testing.T) {
-	for _, c := range []struct {
-		name string
-		rtt  [bpf.RTTBuckets]uint64
-		q    float64
-		want float64
-	}{
-		{"no samples", [bpf.RTTBuckets]uint64{}, 0.5, 0},
-		{"half of one bucket", [bpf.RTTBuckets]uint64{4: 10}, 0.5, 0.001536}, // 1.024 ms to 2.048 ms
-		{"all of one bucket", [bpf.RTTBuckets]uint64{4: 10}, 1, 0.002048},
-		{"in the first", [bpf.RTTBuckets]uint64{0: 1}, 0.5, 0.000064},
-		{"in the upper of two", [bpf.RTTBuckets]uint64{0: 50, 7: 50}, 0.75, 0.012288},
-		{"at the border", [bpf.RTTBuckets]uint64{0: 50, 7: 50}, 0.5, 0.000128},
-		{"beyond the last bound", [bpf.RTTBuckets]uint64{15: 2}, 1, 4.194304},
-	} {
-		counters := bpf.Counters{RTT: c.rtt}
-		if got := counters.RTTQuantile(c.q); math.Abs(got-c.want) > 1e-9 {
-			t.Errorf("%s: %g s, want %g", c.name, got, c.want)
-		}
-	}
-}
-
 func TestOpen(t *testing.T) {
 	for _, c := range []struct {
 		c                bpf.Counters
