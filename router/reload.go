@@ -91,6 +91,13 @@ func (r *Router) reload(c *config.Config) (err error) {
 	for _, s := range servers {
 		r.serve(s)
 	}
+	// Old and new accept from the same sockets: what comes after the reload is
+	// the new ones' alone.
+	for _, s := range drained {
+		if err := s.front.Quiesce(); err != nil {
+			r.log.Warn("the old front end does not close", "server", s.conf.Name, "err", err)
+		}
+	}
 	r.draining.Go(func() {
 		r.stopServers(r.cut, drained)
 		// Until here the old front ends went by all that they knew: users, maps

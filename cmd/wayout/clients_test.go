@@ -17,7 +17,6 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"wayout/router/control"
 	"wayout/scripts/lab"
 )
 
@@ -327,15 +326,24 @@ func TestManyRequestsAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	// What stays open is idle connections to the origin: they end with it.
+	// What stays open is idle connections to the origin: they end with it. What
+	// stays of goroutines is the coroutines that the workers keep for the next
+	// tasks, 64 for each of two at most: as many as ran at once.
 	if err := s.origin.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.until("out/p1", func(control.Path) bool {
+	const spare = 2 * 64
+	var kept string
+	eventually(t, "nothing is left behind", func() bool {
 		open := int64(0)
 		for _, p := range s.paths() {
 			open += p.Connections.Open
 		}
-		return open == 0 && descriptorsOf(t, s.daemon.PID()) <= fds+8 && goroutines() <= routines+8
-	})
+		fdsNow, routinesNow := descriptorsOf(t, s.daemon.PID()), goroutines()
+		if open > 0 || fdsNow > fds+8 || routinesNow > routines+spare+8 {
+			kept = fmt.Sprintf("%d connections open, %d descriptors (%d at first), %d goroutines (%d at first)", open, fdsNow, fds, routinesNow, routines)
+			return false
+		}
+		return true
+	}, &kept)
 }

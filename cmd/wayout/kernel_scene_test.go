@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -233,14 +234,62 @@ func settled(t testing.TB, c *lab.Capture) []lab.Packet {
 	return pkts
 }
 
-// eventually asks until it is so.
-func eventually(t testing.TB, what string, is func() bool) {
+// eventually asks until it is so. What state points to is told when it never is.
+func eventually(t testing.TB, what string, is func() bool, state ...*string) {
 	t.Helper()
 	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
+			for _, s := range state {
+				what += ": " + *s
+			}
 			t.Fatalf("not within 20 s: %s", what)
 		}
 	}
+}
+
+// fair measures how long something took on a machine that others share: what
+// the machine did not let the test itself do is no fault of the daemon's.
+type fair struct {
+	begun time.Time
+	stop  chan struct{}
+	lost  atomic.Int64
+}
+
+func newFair(t testing.TB) *fair {
+	f := &fair{begun: time.Now(), stop: make(chan struct{})}
+	t.Cleanup(f.end)
+	go func() {
+		const step, usual = 5 * time.Millisecond, 10 * time.Millisecond
+		for last := time.Now(); ; {
+			select {
+			case <-f.stop:
+				return
+			case <-time.After(step):
+			}
+			now := time.Now()
+			if over := now.Sub(last) - step; over > usual {
+				f.lost.Add(int64(over))
+			}
+			last = now
+		}
+	}()
+	return f
+}
+
+func (f *fair) end() {
+	select {
+	case <-f.stop:
+	default:
+		close(f.stop)
+	}
+}
+
+// took returns the time since newFair, and how much of it is the daemon's to
+// answer for. It is called once.
+func (f *fair) took() (all, own time.Duration) {
+	f.end()
+	all = time.Since(f.begun)
+	return all, all - time.Duration(f.lost.Load())
 }
 
 // mustAwait waits for a packet.

@@ -32,6 +32,7 @@ func NewClient(path string) *Client {
 			}
 			return conn, nil
 		},
+		DisableKeepAlives: true, // a command asks once, and a Client is never closed
 	}}}
 }
 

@@ -315,10 +315,9 @@ func (s *Server) each(f func(tracked)) {
 // Open returns the number of client connections and tunnels.
 func (s *Server) Open() int { return int(s.open.Load()) }
 
-// Shutdown stops accepting, ends the client connections that wait for a
-// request, and waits for the requests and tunnels that are under way. When ctx
-// ends first, these are cut and its error is returned.
-func (s *Server) Shutdown(ctx context.Context) error {
+// Quiesce stops accepting and ends the client connections that wait for a
+// request. No request begins after it has returned; those under way go on.
+func (s *Server) Quiesce() error {
 	s.mu.Lock()
 	if !s.draining.Swap(true) {
 		close(s.stop)
@@ -333,6 +332,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	clear(s.acceptors)
 	s.mu.Unlock()
 	s.each(tracked.endIdle)
+	return errors.Join(errs...)
+}
+
+// Shutdown is Quiesce, and waits for the requests and tunnels that are under
+// way. When ctx ends first, these are cut and its error is returned.
+func (s *Server) Shutdown(ctx context.Context) error {
+	err := s.Quiesce()
 	for s.open.Load() > 0 {
 		select {
 		case <-s.quiet:
@@ -340,12 +346,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 			s.cancel()
 			s.each(tracked.cut)
 			s.awaitCut()
-			return errors.Join(append(errs, ctx.Err())...)
+			return errors.Join(err, ctx.Err())
 		}
 	}
 	s.cancel()
 	s.tellQuiet() // whoever else may be waiting
-	return errors.Join(errs...)
+	return err
 }
 
 // awaitCut waits until all that was cut is over, which is soon: nothing of it
