@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -187,6 +188,7 @@ func gatewayRouteGoes(t *testing.T, config string) {
 	go func() {
 		n := 0
 		for {
+			found := 0
 			for i, family := range []int{unix.AF_INET, unix.AF_INET6} {
 				all, err := k.Host.Netlink().RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 				if err != nil {
@@ -195,17 +197,26 @@ func gatewayRouteGoes(t *testing.T, config string) {
 				for _, r := range all {
 					if r.Table != unix.RT_TABLE_MAIN && r.Gw != nil && r.Gw.Equal(gateways[i].AsSlice()) && k.Host.Netlink().RouteDel(&r) == nil {
 						n++
+						found++
 					}
 				}
+			}
+			// Once they were there again, they stay long enough for what is under
+			// way to get through when it is sent again.
+			pause := time.Millisecond
+			if found > 0 {
+				pause = 20 * time.Millisecond
 			}
 			select {
 			case <-stop:
 				deleted <- n
 				return
-			default:
+			case <-time.After(pause):
 			}
 		}
 	}()
+	ended := sync.OnceValue(func() int { close(stop); return <-deleted })
+	defer ended()
 	statuses := map[int]int{}
 	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
 		for _, n := range nodes[4:] {
@@ -224,8 +235,7 @@ func gatewayRouteGoes(t *testing.T, config string) {
 			}
 		}
 	}
-	close(stop)
-	n := <-deleted
+	n := ended()
 	t.Logf("%d routes deleted, answers %v", n, statuses)
 	if n < 4 || statuses[503]+statuses[502] == 0 {
 		t.Error("the routes were not gone while it was asked")
