@@ -123,3 +123,84 @@ func BenchmarkPublish(b *testing.B) {
 		}
 	})
 }
+
+func BenchmarkPickSession(b *testing.B) {
+	for _, n := range sizes() {
+		p := newPool(b, selection.Options{}, manyNodes(n)...)
+		for _, strict := range []bool{false, true} {
+			b.Run(fmt.Sprintf("strict=%v/%d", strict, n), func(b *testing.B) {
+				b.ReportAllocs()
+				var key uint64
+				for b.Loop() {
+					key++
+					if _, err := p.PickSession(selection.V4, key, strict); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkKeySession(b *testing.B) {
+	b.ReportAllocs()
+	var sum uint64
+	for b.Loop() {
+		sum += selection.KeySession("alice", "out", "session-1234", 7)
+	}
+	if sum == 0 {
+		b.Fatal("no keys")
+	}
+}
+
+func BenchmarkResolvePrefix(b *testing.B) {
+	p := newPool(b, selection.Options{}, prefixNodes()...)
+	for name, v := range map[string]selection.Value{
+		"address": selection.ID("2001:db8:2:abcd::7"),
+		"pinned":  selection.ID("both").At(addr("2001:db8:1:1::7")),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, _, err := p.Resolve(v); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkAddrIn(b *testing.B) {
+	for _, s := range []string{"203.0.113.0/24", "203.0.113.0/30", "2001:db8:beef::/64", "2001:db8:beef::/48"} {
+		net := prefix(s)
+		b.Run(s, func(b *testing.B) {
+			b.ReportAllocs()
+			var r uint64
+			for b.Loop() {
+				r++
+				if !selection.AddrIn(net, r, r).IsValid() {
+					b.Fatal("no address")
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkUsername(b *testing.B) {
+	for name, s := range map[string]string{
+		"plain":   "alice",
+		"path":    "alice-path-fra-2",
+		"session": "alice-session-a1b2-lifetime-10-strict-on",
+		"all":     "alice-path-out~six-ip-2001_db8__11-session-a1b2-lifetime-10",
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				_, rest := selection.SplitUsername(s)
+				if _, err := selection.ParseParams(rest, "out"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

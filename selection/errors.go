@@ -28,6 +28,10 @@ var (
 	ErrBind = errors.New("cannot bind")
 	// ErrPorts: the ports of the path's address are used up.
 	ErrPorts = errors.New("ports used up")
+
+	// ErrMismatch: a Value's At gives an address that is not the path's. It is
+	// an ErrMalformed, too: the selection contradicts itself.
+	ErrMismatch = Refuse(ErrMalformed, "address is not the path's")
 )
 
 // Result returns the word for an outcome that metrics use: ok, malformed,

@@ -23,13 +23,30 @@ const (
 	// addition and at most one binary search. See table.
 	RoundRobin
 	// Rendezvous hashes the key with each ID, by weight: when a node goes, only
-	// its keys move, and they come back with it. A pick goes through all usable
-	// nodes, at a few nanoseconds each.
+	// its keys move, and they come back with it. A pick goes through all nodes,
+	// at a few nanoseconds each.
 	Rendezvous
 	// LeastConn takes the node with the fewest open connections per weight,
 	// ties at random. A pick goes through all usable nodes, at a few nanoseconds
 	// each.
 	LeastConn
+	// Jump is jump consistent hashing over as many buckets as the weights of the
+	// usable nodes add up to, a node's buckets in a row and the nodes in their
+	// order. Shares are exact and a pick takes a step for each doubling of the
+	// buckets, but only the end of the order is a good place for a change: when
+	// the last node goes, only its keys move, and when one is added there, only
+	// keys to it. When another goes, the keys of all nodes after it may move,
+	// too; none of those before it do. IDs do not count.
+	Jump
+	// Ketama puts points of each node, hashed from its ID, on a ring, and takes
+	// the node of the first point at or after the key: one binary search. When a
+	// node goes, only its keys move, each to the next point, and they come back
+	// with it. Shares are those of the weights but for chance: a node of n
+	// points is off by a part of about 1/sqrt(n), and n is 160 for a node of
+	// mean weight (less in pools of over 6,553 nodes), 1 at least. The mean is
+	// that of all nodes, usable or not: state moves no point of another node;
+	// a new configuration of another mean does move a few.
+	Ketama
 
 	policies // the number of them
 )
@@ -47,6 +64,10 @@ func (p Policy) String() string {
 		return "rendezvous"
 	case LeastConn:
 		return "least_conn"
+	case Jump:
+		return "jump"
+	case Ketama:
+		return "ketama"
 	}
 	return fmt.Sprintf("policy(%d)", uint8(p))
 }
@@ -58,7 +79,7 @@ func ParsePolicy(s string) (Policy, error) {
 			return p, nil
 		}
 	}
-	return 0, fmt.Errorf("unknown policy %s, want random, serial, round_robin, rendezvous or least_conn", quote(s))
+	return 0, fmt.Errorf("unknown policy %s, want random, serial, round_robin, rendezvous, jump, ketama or least_conn", quote(s))
 }
 
 // table is what a policy picks from: the members, and what is worked out from
@@ -76,11 +97,10 @@ type table struct {
 	// round, so shares are exact, and the visits of a node lie evenly apart.
 	turn   *turn
 	rounds []int32
-	ends   []uint64
+	ends   []uint64 // of Jump, too: its buckets
 	stride uint64
 
-	classes []class // Rendezvous; hashes are parallel to members
-	hashes  []uint64
+	ring ring // Ketama
 }
 
 // turn is a ticket counter on a cache line of its own.
@@ -94,12 +114,6 @@ type turn struct {
 type column struct {
 	cut        uint64
 	own, other int32
-}
-
-// class is a run of members of one weight, up to end.
-type class struct {
-	weight float64
-	end    int
 }
 
 func (p *Pool) build(members []int32, tn *turn) *table {
@@ -116,8 +130,10 @@ func (p *Pool) build(members []int32, tn *turn) *table {
 		if !p.equal(members) {
 			p.schedule(t)
 		}
-	case Rendezvous:
-		p.classify(t)
+	case Jump:
+		t.ends = p.cumulate(members, 1)
+	case Ketama:
+		t.ring = p.ring.only(members, len(p.ids))
 	}
 	return t
 }
@@ -199,16 +215,38 @@ func (p *Pool) schedule(t *table) {
 		t.rounds = p.smooth(t.members, int64(sum), int64(div))
 		return
 	}
-	t.ends = make([]uint64, len(t.members))
-	var end uint64
-	for k, i := range t.members {
-		end += uint64(p.weights[i]) / div
-		t.ends[k] = end
-	}
+	t.ends = p.cumulate(t.members, div)
 	t.stride = uint64(float64(sum) / math.Phi)
 	for gcd(t.stride, sum) != 1 {
 		t.stride++
 	}
+}
+
+// cumulate returns the ends of the members' stretches on the line of their
+// weights, each divided by div.
+func (p *Pool) cumulate(members []int32, div uint64) []uint64 {
+	ends := make([]uint64, len(members))
+	var end uint64
+	for k, i := range members {
+		end += uint64(p.weights[i]) / div
+		ends[k] = end
+	}
+	return ends
+}
+
+// memberAt returns the member whose stretch of the line of weights holds a
+// point: the first whose end lies above it.
+func (t *table) memberAt(point uint64) int {
+	low, high := 0, len(t.ends)-1
+	for low < high {
+		mid := int(uint(low+high) >> 1)
+		if t.ends[mid] > point {
+			high = mid
+		} else {
+			low = mid + 1
+		}
+	}
+	return int(t.members[low])
 }
 
 // smooth returns one round of the smooth weighted sequence: at each step all
@@ -245,17 +283,7 @@ func (t *table) roundRobin() int {
 	}
 	sum := t.ends[len(t.ends)-1]
 	hi, lo := bits.Mul64(ticket%sum, t.stride)
-	at := bits.Rem64(hi, lo, sum)
-	low, high := 0, len(t.ends)-1
-	for low < high { // the first member whose end lies above the point
-		mid := int(uint(low+high) >> 1)
-		if t.ends[mid] > at {
-			high = mid
-		} else {
-			low = mid + 1
-		}
-	}
-	return int(t.members[low])
+	return t.memberAt(bits.Rem64(hi, lo, sum))
 }
 
 func gcd(a, b uint64) uint64 {
@@ -263,53 +291,6 @@ func gcd(a, b uint64) uint64 {
 		a, b = b, a%b
 	}
 	return a
-}
-
-// classify lays out the hashes for rendezvous. The members come by weight.
-func (p *Pool) classify(t *table) {
-	t.hashes = make([]uint64, len(t.members))
-	for k, i := range t.members {
-		t.hashes[k] = p.hashes[i]
-		w := float64(p.weights[i])
-		if last := len(t.classes) - 1; last >= 0 && t.classes[last].weight == w {
-			t.classes[last].end = k + 1
-		} else {
-			t.classes = append(t.classes, class{weight: w, end: k + 1})
-		}
-	}
-}
-
-// rendezvous is weighted rendezvous hashing. Each node draws a number u in
-// (0, 1) from the key and its ID, and the least -ln(1-u)/weight wins: the first
-// to come of clocks that run at the nodes' weights, hence exact shares, and a
-// node's draw depends on nothing but the key and its own ID and weight. Within
-// one weight the least u wins, so that a logarithm is needed only once a class,
-// and there only when u, which it is never below, might win.
-func (t *table) rendezvous(key uint64) int {
-	key = mix(key)
-	first, firstTime := 0, math.Inf(1)
-	from := 0
-	for ci := range t.classes {
-		c := &t.classes[ci]
-		best, least := from, uint64(math.MaxUint64)
-		for k, h := range t.hashes[from:c.end] {
-			if x := mix(key ^ h); x < least {
-				best, least = from+k, x
-			}
-		}
-		from = c.end
-		if len(t.classes) == 1 {
-			return int(t.members[best])
-		}
-		u := (float64(least) + 0.5) / (1 << 64)
-		if u/c.weight >= firstTime {
-			continue
-		}
-		if time := -math.Log1p(-u) / c.weight; time < firstTime {
-			first, firstTime = best, time
-		}
-	}
-	return int(t.members[first])
 }
 
 // leastConn goes through the members once. The k-th of equals takes the place

@@ -181,7 +181,7 @@ func TestEmptyPool(t *testing.T) {
 }
 
 func allPolicies() []selection.Policy {
-	return []selection.Policy{selection.Random, selection.Serial, selection.RoundRobin, selection.Rendezvous, selection.LeastConn}
+	return []selection.Policy{selection.Random, selection.Serial, selection.RoundRobin, selection.Rendezvous, selection.LeastConn, selection.Jump, selection.Ketama}
 }
 
 // picks returns the set of nodes that a number of picks fall on.

@@ -1,10 +1,16 @@
 // Package selection decides which node of an escaper carries a request.
 //
-// A selection is a map from escaper name to a [Value]: an index, an ID or an
-// address. It comes from up to four places at once (the operator's map of the
-// user, the client's header or SOCKS extension, the client's user name, the
-// server's own setting), and the strongest one wins escaper by escaper. What
-// nobody selects, the escaper's policy picks among the nodes that are usable.
+// A selection is a map from escaper name to a [Value]: an index, an ID, an
+// address or, of the operator, an inline object. It comes from up to four
+// places at once (the operator's map of the user, the client's header or SOCKS
+// extension, the client's user name, the server's own setting), and the
+// strongest one wins escaper by escaper. What nobody selects, the session
+// decides, when the user name has one, and else the escaper's policy, among the
+// nodes that are usable.
+//
+// A node owns up to one address of each family, or a whole prefix in its place:
+// an address inside it is then that node's. [AddrIn] takes one from it when
+// nothing names the very address.
 //
 // The package is pure: it opens nothing and reads no clock, and its randomness
 // is passed in.
@@ -88,69 +94,6 @@ func (s Source) ByClient() bool {
 	return s == SourceHeader || s == SourceSOCKS || s == SourceUsername
 }
 
-type kind uint8
-
-const (
-	kindNone kind = iota
-	kindIndex
-	kindID
-)
-
-// Value is what is selected of one escaper. Values are comparable with ==. The
-// zero Value names no node at all: [Pool.Resolve] refuses it.
-type Value struct {
-	id    string
-	index uint64
-	addr  netip.Addr // of an ID that parses as an address: unmapped, no zone
-	kind  kind
-}
-
-// Index selects by position: 1 is the first node, 0 the last, and what is above
-// the number of nodes wraps unless the pool is strict.
-func Index(i uint64) Value { return Value{kind: kindIndex, index: i} }
-
-// ID selects the node with this ID or, when s parses as an address, the node
-// that owns the address. It keeps s and is cheap: s is parsed here, once.
-func ID(s string) Value { return Value{kind: kindID, id: s, addr: parseAddr(s)} }
-
-// String returns the index in decimal, or the ID as it was given.
-func (v Value) String() string {
-	if v.kind == kindIndex {
-		return strconv.FormatUint(v.index, 10)
-	}
-	return v.id
-}
-
-// parseAddr returns the unmapped address that s spells, or the zero Addr. An
-// address with a zone is no node's, so it counts as none: Unmap would drop the
-// zone of ::ffff:a.b.c.d%z. netip.ParseAddr allocates its errors, so what is
-// plainly no address is sorted out first.
-func parseAddr(s string) netip.Addr {
-	if len(s) < len("::") || len(s) > len("ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255") {
-		return netip.Addr{}
-	}
-	dots, colons := 0, 0
-	for i := range len(s) {
-		switch c := s[i]; {
-		case c == '.':
-			dots++
-		case c == ':':
-			colons++
-		case c >= '0' && c <= '9', c >= 'a' && c <= 'f', c >= 'A' && c <= 'F':
-		default:
-			return netip.Addr{}
-		}
-	}
-	if colons < 2 && dots != 3 {
-		return netip.Addr{}
-	}
-	a, err := netip.ParseAddr(s)
-	if err != nil {
-		return netip.Addr{}
-	}
-	return a.Unmap()
-}
-
 // Entry is one selection: a value for one escaper.
 type Entry struct {
 	Escaper string
@@ -174,8 +117,12 @@ func (l Layer) find(escaper string) (Value, bool) {
 type Selection struct {
 	User     Layer // the operator's map of the user
 	Client   Layer // the header or the SOCKS extension
-	Username Layer
+	Username Layer // the user-name parameters path and ip
 	Server   Layer
+
+	// Session binds what no layer selects: the escaper then picks by
+	// [Pool.PickSession]. The zero Session binds nothing.
+	Session Session
 
 	// ClientSource tells Client's two origins apart: SourceSOCKS, or else the
 	// header. No value of it makes a client's choice pass as the operator's.

@@ -105,7 +105,7 @@ func TestWords(t *testing.T) {
 }
 
 func TestPolicyWords(t *testing.T) {
-	for _, w := range []string{"random", "serial", "round_robin", "rendezvous", "least_conn"} {
+	for _, w := range []string{"random", "serial", "round_robin", "rendezvous", "least_conn", "jump", "ketama"} {
 		p, err := selection.ParsePolicy(w)
 		if err != nil || p.String() != w {
 			t.Errorf("ParsePolicy(%q) = %v, %v", w, p, err)
@@ -142,6 +142,7 @@ func TestResult(t *testing.T) {
 		{selection.ErrFamily, "family"},
 		{selection.ErrBind, "bind"},
 		{selection.ErrPorts, "bind"},
+		{selection.ErrMismatch, "malformed"},
 	} {
 		for _, err := range []error{c.err, fmt.Errorf("open: %w", c.err)} {
 			if c.err == nil {
