@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // The two families as positions of an array.
@@ -33,7 +34,8 @@ type rrset struct {
 	addrs  []netip.Addr
 	mapped []netip.Addr // IPv4 addresses that AAAA records spelt as ::ffff:a.b.c.d
 	at     int64        // when it became known
-	until  int64        // when it is to be forgotten
+	until  int64        // when it is to be asked anew
+	stale  int64        // until when it may be given all the same where no server answers (see Options.ServeStale)
 	server string       // who said so
 	rcode  string
 	cause  error // of failed: ErrTimeout or ErrServer
@@ -52,6 +54,19 @@ func (s *rrset) fail(host string) *Error {
 		e.Kind = ErrNoData
 	}
 	return e
+}
+
+// The times of RFC 8767 section 5.
+const (
+	staleAfter = 1800 * time.Millisecond // how long servers are waited for before an old answer is given: client response timer
+	staleFor   = 30 * time.Second        // how long that is the answer before they are asked anew: failure recheck timer
+)
+
+// again is an old set given anew since the servers failed, at the time now.
+func (s *rrset) again(now int64) *rrset {
+	next := *s
+	next.at, next.until = now, min(now+int64(staleFor), s.stale)
+	return &next
 }
 
 // question is a name (lower case, no trailing dot) and a family, v4 or v6.
@@ -78,13 +93,15 @@ const shards = 16
 type cache struct {
 	seed    maphash.Seed
 	buckets []atomic.Pointer[entry] // a power of two, at least shards: a bucket belongs to one shard
+	per     int                     // names in a shard, at most
 	shard   [shards]shard
 }
 
+// shard has its map and its ring from when it needs them: of many caches most hold few names.
 type shard struct {
 	mu      sync.Mutex
 	flights map[question]*flight
-	ring    []*entry // at most cap(ring)
+	ring    []*entry
 	hand    int
 	_       [64]byte // the next lock is not on this one's cache line
 }
@@ -99,12 +116,7 @@ type entry struct {
 
 func newCache(size int) *cache {
 	per := max(1, (size+shards-1)/shards)
-	c := &cache{seed: maphash.MakeSeed(), buckets: make([]atomic.Pointer[entry], shards<<bits.Len(uint(per-1)))}
-	for i := range c.shard {
-		c.shard[i].flights = map[question]*flight{}
-		c.shard[i].ring = make([]*entry, 0, per)
-	}
-	return c
+	return &cache{seed: maphash.MakeSeed(), buckets: make([]atomic.Pointer[entry], shards<<bits.Len(uint(per-1))), per: per}
 }
 
 func (c *cache) bucket(hash uint64) *atomic.Pointer[entry] {
@@ -139,6 +151,20 @@ func (c *cache) get(name []byte, now int64) (sets [2]*rrset) {
 	return sets
 }
 
+// stale is what was known of name and may be given yet where no server answers: a set for each family, or nil.
+func (c *cache) stale(name string, now int64) (sets [2]*rrset) {
+	e := c.find([]byte(name), maphash.String(c.seed, name))
+	if e == nil {
+		return sets
+	}
+	for i := range sets {
+		if s := e.sets[i].Load(); s != nil && now < s.stale {
+			sets[i] = s
+		}
+	}
+	return sets
+}
+
 // join finds who asks q already. Exactly one of the results is there: what is known after all, or the flight; lead says that
 // the flight is the caller's to fly, and to end with land.
 func (c *cache) join(q question, now int64) (set *rrset, f *flight, lead bool) {
@@ -155,11 +181,15 @@ func (c *cache) join(q question, now int64) (set *rrset, f *flight, lead bool) {
 		return nil, f, false
 	}
 	f = &flight{question: q, start: now, done: make(chan struct{})}
+	if sh.flights == nil {
+		sh.flights = map[question]*flight{}
+	}
 	sh.flights[q] = f
 	return nil, f, true
 }
 
-// land ends a flight: its set is remembered, unless its time is over at once, and given to all who wait.
+// land ends a flight: its set is remembered, unless its time is over at once, and given to all who wait. In place of the failure
+// of all servers that is the answer of before, where it may be.
 func (c *cache) land(f *flight, set *rrset) {
 	hash := maphash.String(c.seed, f.name)
 	sh := c.shardOf(hash)
@@ -171,6 +201,9 @@ func (c *cache) land(f *flight, set *rrset) {
 			e = &entry{name: f.name, hash: hash}
 			c.insert(sh, e, set.at)
 		}
+		if old := e.sets[f.family].Load(); set.kind == failed && old != nil && set.at < old.stale {
+			set = old.again(set.at)
+		}
 		e.sets[f.family].Store(set)
 	}
 	sh.mu.Unlock()
@@ -180,7 +213,7 @@ func (c *cache) land(f *flight, set *rrset) {
 
 // insert links a name in, in the place of another when its shard is full. The shard is locked.
 func (c *cache) insert(sh *shard, e *entry, now int64) {
-	if len(sh.ring) < cap(sh.ring) {
+	if len(sh.ring) < c.per {
 		sh.ring = append(sh.ring, e)
 	} else {
 		// Twice round is enough unless readers mark names as fast as the hand clears them; then any will do.
@@ -200,10 +233,10 @@ func (c *cache) insert(sh *shard, e *entry, now int64) {
 	b.Store(e)
 }
 
-// over tells whether nothing that the entry holds is still good.
+// over tells whether nothing that the entry holds is still good for anything.
 func (e *entry) over(now int64) bool {
 	for i := range e.sets {
-		if s := e.sets[i].Load(); s != nil && now < s.until {
+		if s := e.sets[i].Load(); s != nil && now < max(s.until, s.stale) {
 			return false
 		}
 	}

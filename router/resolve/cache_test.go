@@ -83,6 +83,41 @@ func TestCacheDropsWhatIsOver(t *testing.T) {
 	}
 }
 
+// What may yet be given where no server answers is kept as what is good is.
+func TestCacheKeepsWhatIsStale(t *testing.T) {
+	c := newCache(2 * shards)
+	var names []string
+	for i := 0; len(names) < 3; i++ {
+		if s := "n" + strconv.Itoa(i); c.shardOf(hashOf(c, s)) == &c.shard[0] {
+			names = append(names, s)
+		}
+	}
+	stale := &rrset{at: 0, until: 10, stale: 100, addrs: []netip.Addr{netip.IPv4Unspecified()}}
+	q := question{name: names[0]}
+	_, f, _ := c.join(q, 0)
+	c.land(f, stale)
+	put(c, names[1], 0, 100)
+	c.getString(names[0], 5)
+	put(c, names[2], 50, 100)
+	if c.stale(names[0], 60)[v4] != stale || c.getString(names[0], 60)[v4] != nil {
+		t.Error("the name that is stale has gone, or is good")
+	}
+	if c.stale(names[0], 100)[v4] != nil {
+		t.Error("stale for longer than it may be")
+	}
+	// A failure that is not to be remembered (none was asked) changes nothing; one that is gives the old answer.
+	_, f, _ = c.join(q, 60)
+	c.land(f, &rrset{kind: failed})
+	if f.set.kind != failed || c.stale(names[0], 60)[v4] != stale {
+		t.Errorf("%+v", f.set)
+	}
+	_, f, _ = c.join(q, 80)
+	c.land(f, &rrset{kind: failed, at: 80, until: 81})
+	if f.set.kind != found || f.set.at != 80 || f.set.until != 100 || c.getString(names[0], 99)[v4] != f.set {
+		t.Errorf("%+v", f.set)
+	}
+}
+
 func TestCacheUnderWay(t *testing.T) {
 	c := newCache(100)
 	q := question{name: "www.test", family: v6}
@@ -150,18 +185,34 @@ func TestCacheConcurrently(t *testing.T) {
 // warm is a resolver that knows www.example.com, both families, and the same by its search list, until the clock stops.
 func warm(tb testing.TB) *Resolver {
 	tb.Helper()
-	dir := tb.TempDir()
-	conf := filepath.Join(dir, "resolv.conf")
-	if err := os.WriteFile(conf, []byte("nameserver 192.0.2.1\nsearch a.test example.com\n"), 0o600); err != nil {
-		tb.Fatal(err)
-	}
-	r := New(Options{ResolvConf: conf, Hosts: filepath.Join(dir, "hosts"), Refresh: time.Hour, MaxNegTTL: time.Hour, Dial: pipe})
-	tb.Cleanup(r.Close)
+	r := cold(tb)
+	heat(tb, r)
+	return r
+}
+
+// heat makes a resolver know them.
+func heat(tb testing.TB, r *Resolver) {
+	tb.Helper()
 	for _, host := range []string{"www.example.com", "www"} {
 		if _, err := r.Lookup(context.Background(), host, selection.V4|selection.V6); err != nil {
 			tb.Fatal(err)
 		}
 	}
+}
+
+// cold is a resolver that knows nothing yet.
+func cold(tb testing.TB) *Resolver {
+	tb.Helper()
+	dir := tb.TempDir()
+	conf := filepath.Join(dir, "resolv.conf")
+	if err := os.WriteFile(conf, []byte("nameserver 192.0.2.1\nsearch a.test example.com\n"), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	r := New(Options{
+		ResolvConf: conf, Hosts: filepath.Join(dir, "hosts"), Refresh: time.Hour, MaxNegTTL: time.Hour, Dial: pipe,
+		ServeStale: time.Hour, Static: map[string][]netip.Addr{"pinned": {netip.IPv4Unspecified(), netip.IPv6Unspecified()}},
+	})
+	tb.Cleanup(r.Close)
 	return r
 }
 
@@ -203,21 +254,49 @@ func pipe(context.Context, string, string) (net.Conn, error) {
 // ways are the kinds of lookup that must make no garbage.
 func ways() map[string]string {
 	return map[string]string{
-		"hit": "www.example.com", "upper": "WWW.Example.COM", "absolute": "www.example.com.", "search": "www", "localhost": "localhost",
+		"hit": "www.example.com", "upper": "WWW.Example.COM", "absolute": "www.example.com.", "search": "www", "localhost": "localhost", "static": "Pinned",
 	}
 }
 
 func TestHitDoesNotAllocate(t *testing.T) {
 	r := warm(t)
+	bound := r.Bound(pipe)
+	heat(t, bound)
 	ctx := context.Background()
-	for way, host := range ways() {
-		if n := testing.AllocsPerRun(100, func() {
-			if a, err := r.Lookup(ctx, host, selection.V4|selection.V6); err != nil || len(a.V4) != 1 || len(a.V6) != 1 {
-				t.Fatal(a, err)
+	for what, r := range map[string]*Resolver{"parent": r, "bound": bound} {
+		for way, host := range ways() {
+			if n := testing.AllocsPerRun(100, func() {
+				if a, err := r.Lookup(ctx, host, selection.V4|selection.V6); err != nil || len(a.V4) != 1 || len(a.V6) != 1 {
+					t.Fatal(a, err)
+				}
+				if !r.Ready(host, selection.V4|selection.V6) {
+					t.Fatal("not ready")
+				}
+			}); n != 0 {
+				t.Errorf("%s, %s: %v allocations", what, way, n)
 			}
-		}); n != 0 {
-			t.Errorf("%s: %v allocations", way, n)
 		}
+	}
+}
+
+// A bound resolver's cache is a sixteenth of its parent's, and there from the first question on.
+func TestBoundCache(t *testing.T) {
+	for size, want := range map[int]int{0: DefaultSize / 16, 3200: 208, 100: 64} { // 200 and the grain of 16
+		r := New(Options{Servers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:53")}, Size: size})
+		b := r.Bound(pipe)
+		if a, err := b.Lookup(context.Background(), "localhost", selection.V4); err != nil || b.Ready("www.example.com", selection.V4) {
+			t.Fatal(a, err)
+		}
+		if b.current.Load() != nil {
+			t.Error("a cache before the first question")
+		}
+		if _, err := b.Lookup(context.Background(), "www.example.com", selection.V4); err != nil {
+			t.Fatal(err)
+		}
+		if c := b.current.Load().cache; c.per*shards != want || c == r.current.Load().cache {
+			t.Errorf("size %d: room for %d, want %d", size, c.per*shards, want)
+		}
+		r.Close()
 	}
 }
 

@@ -19,8 +19,12 @@ const (
 	maxAttempts = 5
 )
 
-// slowFor is how long a server that did not answer in time is asked after the others.
-const slowFor = 30 * time.Second
+// What is held against a server, and for how long.
+const (
+	slowFor   = 30 * time.Second // it did not answer in time: it is asked after the others
+	brokenFor = 5 * time.Second  // it could not be reached or spoken to, which costs less to find out: so too
+	foldsFor  = 10 * time.Minute // it does not keep the case of letters: it is asked over TCP (see Options.QueryCase)
+)
 
 // settings are what resolv.conf says, as plain values.
 type settings struct {
@@ -34,10 +38,23 @@ type settings struct {
 	noAAAA   bool // no-aaaa: IPv6 is not asked for
 }
 
+// defaults are the settings of an empty resolv.conf(5), without a server.
+func defaults() settings { return settings{ndots: 1, timeout: 5 * time.Second, attempts: 2} }
+
+// settings are what Options.Servers and Timeout say.
+func (o *Options) settings() settings {
+	s := defaults()
+	for _, a := range o.Servers {
+		s.servers = append(s.servers, netip.AddrPortFrom(a.Addr().Unmap(), orDefault(a.Port(), 53)).String())
+	}
+	s.timeout = orDefault(o.Timeout, s.timeout)
+	return s
+}
+
 // parseResolvConf reads a resolv.conf(5) as the C library does: what it does not know or cannot read is passed over, the last
 // of search and domain wins, no nameserver means 127.0.0.1, and no search list means the domain part of hostname.
 func parseResolvConf(data []byte, hostname string) settings {
-	s := settings{ndots: 1, timeout: 5 * time.Second, attempts: 2}
+	s := defaults()
 	listed := false
 	for line := range bytes.Lines(data) {
 		if line[0] == '#' || line[0] == ';' {
@@ -117,9 +134,11 @@ type conf struct {
 	turn  atomic.Uint32
 }
 
+// server is one of those that are asked. Its times are the cache's clock; 0: there is nothing against it.
 type server struct {
-	addr string
-	slow atomic.Int64 // asked last until then, by the cache's clock; 0: not slow
+	addr  string
+	last  atomic.Int64 // asked after the others until then
+	folds atomic.Int64 // asked over TCP until then
 }
 
 func newConf(s settings) *conf {
@@ -131,22 +150,22 @@ func newConf(s settings) *conf {
 }
 
 // order is the servers in the order in which a question is put to them: as listed (turned by one each time with rotate), those
-// that were lately silent last. A dead first server would else cost every question its whole timeout.
+// that were lately silent or out of reach last. A dead first server would else cost every question its whole timeout.
 func (c *conf) order(now int64) []*server {
 	first := 0
 	if c.rotate {
 		first = int(c.turn.Add(1)-1) % len(c.asked)
 	}
-	var well, slow []*server
+	var well, ill []*server
 	for i := range c.asked {
 		s := c.asked[(first+i)%len(c.asked)]
-		if s.slow.Load() > now {
-			slow = append(slow, s)
+		if s.last.Load() > now {
+			ill = append(ill, s)
 		} else {
 			well = append(well, s)
 		}
 	}
-	return append(well, slow...)
+	return append(well, ill...)
 }
 
 // tries is how many names n may stand for.

@@ -1,6 +1,7 @@
 package resolve
 
 import (
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
@@ -97,11 +98,11 @@ func TestOrder(t *testing.T) {
 	for range 4 {
 		got = append(got, order())
 	}
-	c.asked[1].slow.Store(101)
+	c.asked[1].last.Store(101)
 	for range 3 {
 		got = append(got, order())
 	}
-	c.asked[1].slow.Store(100) // over
+	c.asked[1].last.Store(100) // over
 	got = append(got, order())
 	if want := strings.Fields("abc bca cab abc cab cab acb bca"); !slices.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -177,6 +178,43 @@ func FuzzHosts(f *testing.F) {
 	})
 }
 
+// However the hosts of the options are written, what is looked up is a name as Lookup spells it, with addresses that can be dialled.
+func FuzzStaticHosts(f *testing.F) {
+	f.Add("www.Test.", "192.0.2.1", "2001:db8::1")
+	f.Add("www.test", "::ffff:192.0.2.1", "192.0.2.1")
+	f.Add("127.1", "fe80::1%eth0", "")
+	f.Fuzz(func(t *testing.T, host, one, two string) {
+		a, _ := netip.ParseAddr(one) // the zero Addr is among the cases
+		b, _ := netip.ParseAddr(two)
+		r := &Resolver{opt: Options{Static: map[string][]netip.Addr{host: {a, b}}, Log: slog.New(slog.DiscardHandler)}}
+		h := r.staticHosts()
+		var n name
+		if n.set(host) != (len(h) == 1) {
+			t.Fatalf("%q: %v", host, h)
+		}
+		got, ok := h[string(n.host())]
+		if len(h) == 1 && !ok {
+			t.Fatalf("%q is under another name: %v", host, h)
+		}
+		for _, want := range []netip.Addr{a, b} {
+			in := slices.Contains(got.V4, want.Unmap()) || slices.Contains(got.V6, want.Unmap())
+			if use := ok && want.IsValid() && want.Zone() == ""; in != use {
+				t.Errorf("%q: %v in %v: %v", host, want, got, in)
+			}
+		}
+		for _, ip := range got.V4 {
+			if !ip.Is4() {
+				t.Errorf("%v as IPv4", ip)
+			}
+		}
+		for _, ip := range got.V6 {
+			if !ip.Is6() || ip.Is4In6() {
+				t.Errorf("%v as IPv6", ip)
+			}
+		}
+	})
+}
+
 // A name that passes is one that goes over the wire as it is, and no address in anybody's reading.
 func FuzzName(f *testing.F) {
 	for _, s := range []string{"www.Example.com.", "127.1", "0x7f.1", "a..b", "_x-y", "\xff", "1.2.3.4", "::1", "::ffff:1.2.3.4%x", strings.Repeat("a.", 130)} {
@@ -197,7 +235,7 @@ func FuzzName(f *testing.F) {
 		if _, err := netip.ParseAddr(full); err == nil {
 			t.Errorf("%q is an address", full)
 		}
-		if _, _, err := (question{name: full}).pack(true); err != nil {
+		if _, _, err := (question{name: full}).pack(mixed(full+"."), true); err != nil {
 			t.Errorf("%q: %v", full, err)
 		}
 		if _, ok := n.with(strings.Repeat("d", maxName-len(full))); ok {

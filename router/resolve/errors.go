@@ -23,6 +23,7 @@ var (
 	errBusy      = errors.New("too many questions under way")
 	errRcode     = errors.New("failure code")
 	errTruncated = errors.New("truncated answer")
+	errCase      = errors.New("answers that do not keep the case of letters")
 	errStray     = errors.New("too many datagrams that answer nothing")
 	errLame      = errors.New("server neither knows the name nor asks others")
 	errChain     = errors.New("alias chain too long")

@@ -100,9 +100,16 @@ func (r *Resolver) watch() {
 	}
 }
 
-// Reload looks at the files at once and takes what has changed. Lookups that are under way end with what they began with.
-// Options.Refresh does the same by itself.
+// Reload looks at the files at once and takes what has changed, for the bound resolvers too. Lookups that are under way end with
+// what they began with. Options.Refresh does the same by itself. With Options.Servers there is nothing to look at.
 func (r *Resolver) Reload() {
+	if r.parent != nil {
+		r.parent.Reload()
+		return
+	}
+	if len(r.opt.Servers) > 0 {
+		return
+	}
 	r.files.mu.Lock()
 	defer r.files.mu.Unlock()
 	var next state

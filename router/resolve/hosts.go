@@ -43,6 +43,32 @@ func parseHosts(data []byte) hosts {
 	return h
 }
 
+// staticHosts is Options.Static in the form in which it is looked up. Each of its names is known, also one of whose addresses
+// none is of use: it is denied and not asked.
+func (r *Resolver) staticHosts() hosts {
+	h := hosts{}
+	for host, list := range r.opt.Static {
+		var n name
+		if !n.set(host) {
+			r.opt.Log.Warn("static host is not a host name", "host", host)
+			continue
+		}
+		a := h[string(n.host())]
+		for _, addr := range list {
+			addr = addr.Unmap()
+			switch {
+			case !addr.IsValid() || addr.Zone() != "":
+			case addr.Is4():
+				a.V4 = add(a.V4, addr)
+			default:
+				a.V6 = add(a.V6, addr)
+			}
+		}
+		h[string(n.host())] = a
+	}
+	return h
+}
+
 // add appends what is not there yet, up to maxAddrs, and leaves no spare room.
 func add(list []netip.Addr, a netip.Addr) []netip.Addr {
 	if len(list) >= maxAddrs || slices.Contains(list, a) {

@@ -2,6 +2,7 @@ package resolve
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,18 +27,26 @@ const (
 	// maxStray is how many datagrams that do not answer the question are passed over before it is put over TCP: whoever sends
 	// that many is guessing at the query's number.
 	maxStray = 64
+
+	// caseWait is how long the right answer is waited for once there was one in letters of another case. Whether that was
+	// forged or the server folds names, TCP tells, so that there is no need to wait for long.
+	caseWait = 500 * time.Millisecond
 )
 
-// exchange puts a question to one server: over UDP, over TCP when the answer does not fit; with EDNS0, without it when the
+// exchange puts a question to one server: over UDP, over TCP when the answer does not fit or cannot be told from a forged one;
+// with EDNS0, without it when the
 // server does not know it (RFC 6891 section 7). The message that it returns answers the question.
 func (r *Resolver) exchange(c *conf, s *server, q question) (*dns.Msg, error) {
 	network, edns := "udp", true
-	if c.tcp {
+	if c.tcp || r.opt.QueryCase && s.folds.Load() > r.now() {
 		network = "tcp"
 	}
 	for {
 		m, err := r.once(c, network, s.addr, q, edns)
 		switch {
+		case errors.Is(err, errCase):
+			s.folds.Store(r.now() + int64(foldsFor))
+			network = "tcp"
 		case network == "udp" && (errors.Is(err, errTruncated) || errors.Is(err, errStray)):
 			network = "tcp"
 		case err != nil:
@@ -66,33 +75,72 @@ func (r *Resolver) once(c *conf, network, server string, q question, edns bool) 
 	stop := context.AfterFunc(r.ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // Close ends the wait
 	defer stop()
 
-	id, query, err := q.pack(edns)
+	if network == "tcp" {
+		return q.overTCP(conn, edns)
+	}
+	return r.overUDP(ctx, conn, q, edns)
+}
+
+// overUDP sends the query and waits for what answers it. It returns errCase when there was such a thing but for the case of its
+// letters, and nothing better came in caseWait.
+func (r *Resolver) overUDP(ctx context.Context, conn net.Conn, q question, edns bool) (*dns.Msg, error) {
+	spelt := q.name + "."
+	if r.opt.QueryCase {
+		spelt = mixed(spelt)
+	}
+	id, query, err := q.pack(spelt, edns)
 	if err != nil {
 		return nil, err
-	}
-	if network == "tcp" {
-		return q.overTCP(conn, id, query)
 	}
 	if _, err := conn.Write(query); err != nil {
 		return nil, fmt.Errorf("send the query: %w", err)
 	}
+	if !r.opt.QueryCase {
+		spelt = ""
+	}
 	buf := make([]byte, datagram)
+	folded := false
 	for range maxStray {
 		n, err := conn.Read(buf)
-		if err != nil {
+		switch {
+		case err != nil && folded && timeout(err):
+			return nil, errCase
+		case err != nil:
 			return nil, fmt.Errorf("wait for the answer: %w", err)
 		}
-		m, err := q.read(buf[:n], id)
-		if err == nil || errors.Is(err, errTruncated) {
+		m, err := q.read(buf[:n], id, spelt)
+		switch {
+		case err == nil, errors.Is(err, errTruncated):
 			return m, err
+		case errors.Is(err, errCase) && !folded:
+			folded = true
+			if err := hasten(ctx, conn); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return nil, errStray
 }
 
+// hasten brings the deadline of a query forward to caseWait from now, and leaves it where it is sooner.
+func hasten(ctx context.Context, conn net.Conn) error {
+	at := time.Now().Add(caseWait)
+	if deadline, ok := ctx.Deadline(); ok && deadline.Before(at) {
+		return nil
+	}
+	if err := conn.SetReadDeadline(at); err != nil {
+		return fmt.Errorf("set deadline: %w", err)
+	}
+	return ctx.Err() // Close may have set its own just before
+}
+
 // overTCP sends the query and reads one message, each behind its length (RFC 1035 section 4.2.2). Nobody else can have put
 // anything into the stream: a message that does not answer is the server's fault.
-func (q question) overTCP(conn net.Conn, id uint16, query []byte) (*dns.Msg, error) {
+func (q question) overTCP(conn net.Conn, edns bool) (*dns.Msg, error) {
+	id, query, err := q.pack(q.name+".", edns)
+	if err != nil {
+		return nil, err
+	}
 	framed := binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(query)), uint16(len(query)))
 	if _, err := conn.Write(append(framed, query...)); err != nil {
 		return nil, fmt.Errorf("send the query: %w", err)
@@ -105,7 +153,7 @@ func (q question) overTCP(conn net.Conn, id uint16, query []byte) (*dns.Msg, err
 	if _, err := io.ReadFull(conn, buf); err != nil {
 		return nil, fmt.Errorf("read the answer: %w", err)
 	}
-	return q.read(buf, id)
+	return q.read(buf, id, "")
 }
 
 func (q question) rtype() uint16 {
@@ -115,10 +163,23 @@ func (q question) rtype() uint16 {
 	return dns.TypeA
 }
 
-// pack makes the query, with a random number.
-func (q question) pack(edns bool) (id uint16, query []byte, err error) {
+// mixed is a name with each of its letters, which are lower case, in upper case with a chance of one half.
+func mixed(name string) string {
+	b := []byte(name)
+	coins := make([]byte, len(b))
+	_, _ = rand.Read(coins) // it never fails
+	for i, c := range b {
+		if 'a' <= c && c <= 'z' {
+			b[i] = c - (coins[i]&1)*('a'-'A')
+		}
+	}
+	return string(b)
+}
+
+// pack makes the query, with a random number and the name as it is spelt.
+func (q question) pack(spelt string, edns bool) (id uint16, query []byte, err error) {
 	var m dns.Msg
-	m.SetQuestion(q.name+".", q.rtype())
+	m.SetQuestion(spelt, q.rtype())
 	if edns {
 		m.SetEdns0(payload, false)
 	}
@@ -128,10 +189,11 @@ func (q question) pack(edns bool) (id uint16, query []byte, err error) {
 	return m.Id, query, nil
 }
 
-// read parses what came back and checks that it answers this question under this number. A truncated answer is errTruncated
+// read parses what came back and checks that it answers this question under this number. Where spelt is not empty, the name in
+// it is to be spelt so, byte for byte, and an answer that has it in letters of another case is errCase. A truncated answer is errTruncated
 // (whatever its rest looks like); all else that is wrong with it is an error too. A failure without a question section is
 // taken for the server's answer, since some send them so: it can make us ask another server, never believe an address.
-func (q question) read(b []byte, id uint16) (*dns.Msg, error) {
+func (q question) read(b []byte, id uint16, spelt string) (*dns.Msg, error) {
 	var m dns.Msg
 	err := m.Unpack(b)
 	switch {
@@ -141,6 +203,8 @@ func (q question) read(b []byte, id uint16) (*dns.Msg, error) {
 		return &m, nil
 	case len(m.Question) != 1 || !q.isAsked(m.Question[0]):
 		return nil, errors.New("answer to another question")
+	case spelt != "" && m.Question[0].Name != spelt:
+		return nil, errCase
 	case m.Truncated:
 		return nil, errTruncated
 	case err != nil:

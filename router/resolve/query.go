@@ -28,7 +28,15 @@ func (r *Resolver) ask(ctx context.Context, st *state, name string, sets [2]*rrs
 		}
 		sets[i], flights[i] = set, fl
 	}
-	var late <-chan time.Time
+	var late, tired <-chan time.Time
+	old := r.old(st, name, flights)
+	if wait, ok := patience(old, flights, r.now()); ok && wait == 0 {
+		sets = fill(sets, old, flights)
+	} else if ok {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		tired = t.C
+	}
 	for {
 		var done [2]<-chan struct{} // nil, and so never ready, where nothing is waited for
 		for i, f := range flights {
@@ -53,6 +61,8 @@ func (r *Resolver) ask(ctx context.Context, st *state, name string, sets [2]*rrs
 			sets[v6] = flights[v6].set
 		case <-late:
 			return sets, nil
+		case <-tired:
+			sets = fill(sets, old, flights)
 		case <-ctx.Done():
 			if late != nil { // there are addresses
 				return sets, nil
@@ -72,6 +82,36 @@ func (r *Resolver) grace(sets [2]*rrset, flights [2]*flight) (time.Duration, boo
 		}
 	}
 	return 0, false
+}
+
+// old is what Options.ServeStale allows to give in place of what the flights bring.
+func (r *Resolver) old(st *state, name string, flights [2]*flight) (sets [2]*rrset) {
+	if r.opt.ServeStale <= 0 || flights[v4] == nil && flights[v6] == nil {
+		return sets
+	}
+	return st.cache.stale(name, r.now())
+}
+
+// patience is how long the flights are waited for when there are old sets to give in their place, false when there are none. It
+// counts from when the first of the questions was put, so that of many lookups only the first waits.
+func patience(old [2]*rrset, flights [2]*flight, now int64) (time.Duration, bool) {
+	wait, ok := staleAfter, false
+	for i, f := range flights {
+		if f != nil && old[i] != nil {
+			wait, ok = min(wait, staleAfter-time.Duration(now-f.start)), true
+		}
+	}
+	return max(0, wait), ok
+}
+
+// fill puts the old sets in the place of what is still being asked.
+func fill(sets, old [2]*rrset, flights [2]*flight) [2]*rrset {
+	for i, f := range flights {
+		if f != nil && sets[i] == nil {
+			sets[i] = old[i]
+		}
+	}
+	return sets
 }
 
 // launch flies a flight, or ends it at once when the resolver is closed or has too many.
@@ -115,7 +155,7 @@ func (r *Resolver) query(c *conf, q question) *rrset {
 			}
 			now := r.now()
 			if err == nil {
-				s.slow.Store(0)
+				s.last.Store(0)
 				var ans answer
 				if ans, err = q.interpret(m); err == nil {
 					return r.keep(ans, s.addr, now)
@@ -127,12 +167,12 @@ func (r *Resolver) query(c *conf, q question) *rrset {
 				*set = rrset{kind: failed, cause: ErrServer, server: s.addr, rcode: rcodeText(m), err: err}
 				continue
 			}
-			cause := ErrServer
+			cause, ill := ErrServer, brokenFor
 			if timeout(err) {
-				cause = ErrTimeout
+				cause, ill = ErrTimeout, slowFor
 				err = nil // the words "i/o timeout" add nothing
-				s.slow.Store(now + int64(slowFor))
 			}
+			s.last.Store(now + int64(ill))
 			if set.rcode == "" {
 				*set = rrset{kind: failed, cause: cause, server: s.addr, err: err}
 			}
@@ -151,6 +191,7 @@ func (r *Resolver) keep(a answer, server string, now int64) *rrset {
 	}
 	ttl := min(max(time.Duration(a.ttl)*time.Second, r.opt.MinTTL), ceiling)
 	set := &rrset{kind: a.kind, addrs: a.addrs, mapped: a.mapped, at: now, until: now + int64(ttl), server: server}
+	set.stale = set.until + int64(r.opt.ServeStale)
 	if a.kind == noName {
 		set.rcode = "NXDOMAIN"
 	}

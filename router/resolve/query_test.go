@@ -203,7 +203,7 @@ func TestTimeoutFailover(t *testing.T) {
 	n := newNetwork(t, map[string]dns.Handler{"192.0.2.1": dns.HandlerFunc(silent), "192.0.2.2": zone{records: []string{
 		"a.test. 60 A 192.0.2.10", "b.test. 60 A 192.0.2.11", "c.test. 60 A 192.0.2.12",
 	}}})
-	quick := func(o *resolve.Options) { o.Timeout = 30 * time.Millisecond }
+	quick := func(o *resolve.Options) { o.Timeout = 200 * time.Millisecond }
 	r := n.resolver(two, c.on, quick)
 	lookup(t, r, "a.test", selection.V4)
 	equal(t, "asked", n.asked(false), []string{"192.0.2.1 udp A a.test.", "192.0.2.2 udp A a.test."})

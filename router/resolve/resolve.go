@@ -1,12 +1,13 @@
 // Package resolve turns host names into addresses as the host's own stub resolver would, over sockets that are ours.
 //
-// A [Resolver] reads /etc/resolv.conf and /etc/hosts, asks the servers named there through an injected dial function (so
+// A [Resolver] reads /etc/resolv.conf and /etc/hosts, or is given its servers, asks them through an injected dial function (so
 // that every socket carries the daemon's mark), and remembers what it was told. A name that is remembered is found without a
-// lock and without an allocation.
+// lock and without an allocation. [Resolver.Bound] makes resolvers that ask the same by sockets of another kind, such as those
+// of one egress path.
 //
-// What is answered without a query: address literals, /etc/hosts, localhost and *.localhost (RFC 6761), and the refusal of
-// what can be no host name. A name that ends in a number, such as 127.1 or 0x7f.1, is one of those: it is neither an address
-// nor a name, and is not handed to anything that might think otherwise.
+// What is answered without a query: address literals, Options.Static, /etc/hosts, localhost and *.localhost (RFC 6761), and the
+// refusal of what can be no host name. A name that ends in a number, such as 127.1 or 0x7f.1, is one of those: it is neither an
+// address nor a name, and is not handed to anything that might think otherwise.
 package resolve
 
 import (
@@ -46,6 +47,15 @@ type Options struct {
 	// fail: there is no falling back to sockets of another kind.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 
+	// Servers are asked in this order when there are any (port 0 is 53). Then neither of the two files is read, and names are
+	// asked as they are: there is no search list.
+	Servers []netip.AddrPort
+
+	// Static gives names their addresses, before all else that could. A name that it knows is never asked of a server, not
+	// even for a family of which it gives no address. Addresses with a zone are passed over, and so are more than 64 of a
+	// family.
+	Static map[string][]netip.Addr
+
 	ResolvConf string // path; DefaultResolvConf when empty
 	Hosts      string // path; DefaultHosts when empty
 
@@ -53,8 +63,19 @@ type Options struct {
 	// beside the requests, never by one.
 	Refresh time.Duration
 
-	// Timeout is the wait for one server, in place of resolv.conf's "options timeout" when it is not zero.
+	// Timeout is the wait for one server, in place of resolv.conf's "options timeout" (5 s where that is not there either) when
+	// it is not zero.
 	Timeout time.Duration
+
+	// QueryCase spells the name of each query over UDP in letters of random case, and passes over answers that do not spell it
+	// the same: bits that who forges an answer must guess beside port and number (draft-vixie-dnsext-dns0x20-00). A server
+	// that does not keep the case is asked over TCP.
+	QueryCase bool
+
+	// ServeStale is how long past its time an answer may still be given when no server gives another (RFC 8767): all fail, or
+	// are silent for 1.8 s. A server's denial ends it. Such an answer is given for 30 s before the servers are asked again.
+	// None is given when it is zero.
+	ServeStale time.Duration
 
 	Size      int           // names remembered, at most (rounded up to the cache's own grain of 16)
 	MinTTL    time.Duration // floor of what is remembered, of addresses and denials alike
@@ -87,32 +108,32 @@ type Resolver struct {
 	loop6   []netip.Addr
 	current atomic.Pointer[state]
 	files   files
+	own     hosts     // Options.Static
+	parent  *Resolver // whose settings and hosts a bound resolver has; else nil
 
 	ctx    context.Context // of the questions under way: theirs, not a caller's
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 
-	mu       sync.Mutex // guards the two below; taken for a question that goes out, never for a hit
+	mu       sync.Mutex // guards the rest; taken for a question that goes out, never for a hit
 	closed   bool
 	inflight int
+	bound    map[*Resolver]struct{} // those that are not closed
 }
 
 // state is all that a lookup reads: one pointer load gives it settings, hosts and cache that belong together. Settings that
 // change bring an empty cache, since the answers of other servers may be answers of another network.
 type state struct {
 	conf  *conf
-	hosts hosts
+	hosts hosts // a bound resolver's are its parent's
 	cache *cache
+	from  *conf // of a bound resolver: its parent's, whose settings conf has
 }
 
-// New makes a resolver, reads its files and starts to watch them. It never fails: files that are missing or cannot be read
-// mean what they mean to the C library, a server at 127.0.0.1 and no hosts.
+// New makes a resolver and, unless Options.Servers says what they would, reads its files and starts to watch them. It never
+// fails: files that are missing or cannot be read mean what they mean to the C library, a server at 127.0.0.1 and no hosts.
 func New(o Options) *Resolver {
-	if o.Dial == nil {
-		o.Dial = func(context.Context, string, string) (net.Conn, error) {
-			return nil, errors.New("no dial function given")
-		}
-	}
+	o.Dial = orNone(o.Dial)
 	if o.Now == nil {
 		o.Now = time.Now
 	}
@@ -135,7 +156,12 @@ func New(o Options) *Resolver {
 		loop4: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})},
 		loop6: []netip.Addr{netip.IPv6Loopback()},
 	}
+	r.own = r.staticHosts()
 	r.ctx, r.cancel = context.WithCancel(context.Background())
+	if len(o.Servers) > 0 {
+		r.current.Store(&state{conf: newConf(o.settings()), cache: newCache(o.Size)})
+		return r
+	}
 	r.files.resolv = source{path: o.ResolvConf, limit: maxResolvConf}
 	r.files.hosts = source{path: o.Hosts, limit: maxHosts}
 	r.Reload()
@@ -151,13 +177,33 @@ func orDefault[T comparable](v, d T) T {
 	return v
 }
 
-// Close ends the questions under way and waits until nothing of the resolver runs. Lookups that wait return an error that
-// wraps net.ErrClosed, and so do later ones that the cache cannot answer.
+type dialFunc = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// orNone is dial, or where there is none one that fails.
+func orNone(dial dialFunc) dialFunc {
+	if dial != nil {
+		return dial
+	}
+	return func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("no dial function given")
+	}
+}
+
+// Close ends the questions under way and waits until nothing of the resolver runs, nor of those bound to it. Lookups that wait
+// return an error that wraps net.ErrClosed, and so do later ones that the cache cannot answer.
 func (r *Resolver) Close() {
 	r.mu.Lock()
 	r.closed = true
+	bound := r.bound
+	r.bound = nil
 	r.mu.Unlock()
-	r.cancel()
+	r.cancel() // of the bound ones too, so that they end at the same time
+	for b := range bound {
+		b.Close()
+	}
+	if r.parent != nil {
+		r.parent.forget(r)
+	}
 	r.work.Wait()
 }
 
@@ -175,7 +221,8 @@ func (r *Resolver) now() int64 { return int64(r.opt.Now().Sub(r.epoch)) }
 //
 // An error is an *Error that wraps ErrNotFound (ErrNoData when the name exists), ErrTimeout or ErrServer, or context.Canceled.
 // A deadline of ctx wraps ErrTimeout and context.DeadlineExceeded. The end of ctx ends the wait of this caller, not the
-// question, which others may share and which is remembered for the next.
+// question, which others may share and which is remembered for the next. With Options.ServeStale, what is past its time stands
+// in for a failure.
 func (r *Resolver) Lookup(ctx context.Context, host string, want selection.Family) (Answer, error) {
 	if a, ok := literal(host); ok {
 		if a.Is4() {
@@ -187,6 +234,9 @@ func (r *Resolver) Lookup(ctx context.Context, host string, want selection.Famil
 	if !n.set(host) {
 		return Answer{}, &Error{Host: host, Kind: ErrNotFound, Err: errBadName}
 	}
+	if a, ok := r.own[string(n.host())]; ok {
+		return r.static(host, a.V4, a.V6, want)
+	}
 	if n.under("localhost") {
 		return r.static(host, r.loop4, r.loop6, want)
 	}
@@ -194,11 +244,11 @@ func (r *Resolver) Lookup(ctx context.Context, host string, want selection.Famil
 	if n.under("invalid") || n.under("onion") {
 		return Answer{}, &Error{Host: host, Kind: ErrNotFound}
 	}
-	st := r.current.Load()
-	if a, ok := st.hosts[string(n.host())]; ok {
+	base := r.base()
+	if a, ok := base.hosts[string(n.host())]; ok {
 		return r.static(host, a.V4, a.V6, want)
 	}
-	return r.search(ctx, st, host, &n, want)
+	return r.search(ctx, base, host, &n, want)
 }
 
 // Ready reports whether Lookup has the answer at hand, so that it does not block.
@@ -210,12 +260,22 @@ func (r *Resolver) Ready(host string, want selection.Family) bool {
 	if !n.set(host) {
 		return true
 	}
-	st := r.current.Load()
-	if _, ok := st.hosts[string(n.host())]; ok || n.under("localhost") {
+	if _, ok := r.own[string(n.host())]; ok || n.under("localhost") || n.under("invalid") || n.under("onion") {
 		return true
 	}
-	if st.conf.noAAAA {
+	base := r.base()
+	if _, ok := base.hosts[string(n.host())]; ok {
+		return true
+	}
+	if base.conf.noAAAA {
 		want &^= selection.V6
+	}
+	if want&(selection.V4|selection.V6) == 0 {
+		return true
+	}
+	st := r.state(base)
+	if st == nil {
+		return false
 	}
 	for i := range st.conf.tries(&n) {
 		full, ok := st.conf.try(&n, i)
@@ -249,12 +309,16 @@ func (r *Resolver) static(host string, v4, v6 []netip.Addr, want selection.Famil
 }
 
 // search puts the names that n may stand for, one after the other, until one is not denied.
-func (r *Resolver) search(ctx context.Context, st *state, host string, n *name, want selection.Family) (Answer, error) {
-	if st.conf.noAAAA {
+func (r *Resolver) search(ctx context.Context, base *state, host string, n *name, want selection.Family) (Answer, error) {
+	if base.conf.noAAAA {
 		want &^= selection.V6
 	}
 	if want&(selection.V4|selection.V6) == 0 {
 		return Answer{}, &Error{Host: host, Kind: ErrNoData}
+	}
+	st := r.state(base)
+	if st == nil {
+		st = r.follow(base)
 	}
 	var denied *rrset // set by the end of the loop: the name as it is is among the tries, and never too long
 	for i := range st.conf.tries(n) {

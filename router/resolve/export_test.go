@@ -1,0 +1,7 @@
+package resolve
+
+// What the forwarder reads, for fuzzing.
+var (
+	QuestionOf = questionOf
+	Answers    = answers
+)
