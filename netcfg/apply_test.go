@@ -71,6 +71,12 @@ func do(t *testing.T, k netcfg.Kernel, o netcfg.Op) {
 // show is the namespace as the program ip tells it, without what changes by itself.
 func show(t *testing.T) string {
 	t.Helper()
+	// An address has its local route once duplicate address detection is over.
+	for end := time.Now().Add(20 * time.Second); strings.Contains(ip(t, "-6 addr show tentative -dadfailed"), "tentative"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("addresses are still tentative")
+		}
+	}
 	var b strings.Builder
 	for _, line := range []string{"-4 rule", "-6 rule", "-4 route show table all", "-6 route show table all", "addr"} {
 		lines := slices.DeleteFunc(strings.Split(ip(t, line), "\n"), func(l string) bool { return strings.Contains(l, "fe80::") })
@@ -126,14 +132,23 @@ func mustHold(t *testing.T, text string, words ...string) {
 }
 
 func wholeWant() netcfg.Want {
-	return want(
+	w := want(
 		with(isp1(), func(u *netcfg.Uplink) {
-			u.Local = []netip.Prefix{netip.MustParsePrefix("10.60.0.0/24"), netip.MustParsePrefix("2001:db8:beef::/64")}
+			u.Local = prefixes("10.60.0.0/24", "2001:db8:beef::/64", "2001:db8:100::/64")
 		}),
 		with(isp2(), func(u *netcfg.Uplink) {
 			u.ManageAddresses, u.Addresses, u.Gateway4 = true, addrs("203.0.113.7"), netip.MustParseAddr("192.0.2.1") // on no prefix
 		}),
 	)
+	w.Local = prefixes("10.61.0.0/16", "2001:db8:cafe::/48")
+	w.Answers = netcfg.Mark{Value: 0xc10000, Mask: 0xff0000}
+	w.Diverts = []netcfg.Divert{
+		{Interface: "eth0", Rest: netcfg.RestDrop, Ports: []netcfg.DivertPorts{
+			{Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}, {Protocol: unix.IPPROTO_UDP, First: 1000, Last: 2000},
+		}},
+		{Interface: "later0", Ports: []netcfg.DivertPorts{{Protocol: unix.IPPROTO_TCP, Last: 65535}}},
+	}
+	return w
 }
 
 // TestApply: the plan's commands and Apply lead to the same state, twice is nothing
@@ -161,6 +176,18 @@ func TestApply(t *testing.T) {
 		"inet 198.51.100.11/32 metric 11900 scope global",
 		"local 10.60.0.0/24 dev lo table local proto 119 scope host metric 11900",
 		"local 2001:db8:beef::/64 dev lo table local proto 119 metric 11900",
+		"local 10.61.0.0/16 dev lo table local proto 119 scope host metric 12155",
+		"local 2001:db8:cafe::/48 dev lo table local proto 119 metric 12155",
+		"throw 2001:db8:100::1 dev lo table local proto 119 metric 12155",
+		"11909:	from 10.60.0.0/24 iif lo lookup 11900 proto 119",
+		"11965:	from 2001:db8:beef::/64 iif lo lookup 11900 proto 119",
+		"11900:	from all fwmark 0xc10000/0xff0000 lookup main proto 119",
+		"12030:	from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119",
+		"12030:	from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119",
+		"12030:	from all iif later0 [detached] ipproto tcp lookup 12154 proto 119",
+		"12031:	from all iif eth0 lookup 12153 proto 119",
+		"local default dev lo table 12154 proto 119 scope host metric 1024",
+		"unreachable default table 12153 proto 119 metric 4294967295",
 	)
 	if again := apply(t, k, wholeWant()); !again.Empty() {
 		t.Errorf("a second time there is still to do:\n%s", strings.Join(again.Commands(), "\n"))
@@ -412,6 +439,8 @@ func TestPutBack(t *testing.T) {
 		"addr del 198.51.100.11/32 dev eth0",
 		"addr del 2001:db8:100::11/128 dev eth0",
 		"route del local 10.60.0.0/24 dev lo table local proto 119 metric 11900",
+		"-6 route del local 2001:db8:cafe::/48 dev lo table local proto 119 metric 12155",
+		"-6 route del throw 2001:db8:100::1 table local proto 119 metric 12155",
 		"link set eth1 down", "link set eth1 up",
 	} {
 		ip(t, line)

@@ -66,12 +66,12 @@ func IsLastResort(r Route) bool { return r.isLastResort() }
 
 // EndSocketsAsOld is EndSockets on a kernel below 6.11.
 func (k *Netlink) EndSocketsAsOld(ctx context.Context, m Mark) (int, error) {
-	d, err := k.openDiag(m)
+	d, err := k.openDiag()
 	if err != nil {
 		return 0, err
 	}
 	defer d.close()
-	return d.end(ctx, m, false)
+	return d.end(ctx, m.choice(), false)
 }
 
 // Leftover makes one of the sockets that EndSockets leaves; refused says that the

@@ -85,6 +85,11 @@ type Sysctls struct {
 	// by name: the larger of its own setting and of conf.all, which is how the
 	// kernel takes them. 0 off, 1 strict, 2 loose.
 	ReversePath map[string]int
+
+	// ARPIgnore holds, alike, how each interface answers ARP requests. From 1 on the
+	// kernel answers for its interfaces' own addresses alone, and for none of a
+	// prefix that a local route makes the host's own.
+	ARPIgnore map[string]int
 }
 
 // Sysctls reads the settings.
@@ -119,21 +124,24 @@ func readSysctls(root string) (Sysctls, error) {
 		Conntrack:     get("net.netfilter.nf_conntrack_count"),
 		ConntrackMax:  get("net.netfilter.nf_conntrack_max"),
 		ReversePath:   make(map[string]int),
+		ARPIgnore:     make(map[string]int),
 	}
 	dir, err := os.ReadDir(filepath.Join(root, "net/ipv4/conf"))
 	if err != nil {
 		return s, errors.Join(append(errs, fmt.Errorf("list the interfaces' settings: %w", err))...)
 	}
 	// Interface names may hold dots, so these are read by path.
-	strict := func(ifname string) (int, bool) {
-		b, err := os.ReadFile(filepath.Join(root, "net/ipv4/conf", ifname, "rp_filter"))
+	number := func(ifname, setting string) (int, bool) {
+		b, err := os.ReadFile(filepath.Join(root, "net/ipv4/conf", ifname, setting))
 		n, errNum := strconv.Atoi(strings.TrimSpace(string(b)))
 		return n, err == nil && errNum == nil
 	}
-	all, _ := strict("all")
-	for _, e := range dir {
-		if n, ok := strict(e.Name()); ok && e.Name() != "all" && e.Name() != "default" {
-			s.ReversePath[e.Name()] = max(n, all)
+	for setting, to := range map[string]map[string]int{"rp_filter": s.ReversePath, "arp_ignore": s.ARPIgnore} {
+		all, _ := number("all", setting)
+		for _, e := range dir {
+			if n, ok := number(e.Name(), setting); ok && e.Name() != "all" && e.Name() != "default" {
+				to[e.Name()] = max(n, all)
+			}
 		}
 	}
 	return s, errors.Join(errs...)

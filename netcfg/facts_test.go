@@ -92,8 +92,13 @@ func TestSysctls(t *testing.T) {
 	if want := map[string]int{"up0.5": 2, "far0": 1}; !maps.Equal(s.ReversePath, want) {
 		t.Errorf("reverse path %v, want %v", s.ReversePath, want)
 	}
-	if err := os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("1"), 0o644); err != nil {
-		t.Fatal(err)
+	for name, v := range map[string]string{"all/rp_filter": "1", "all/arp_ignore": "1", "far0/arp_ignore": "2"} {
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name, []byte(v), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err := k.Sysctls(); err != nil || s.ARPIgnore["up0.5"] != 1 || s.ARPIgnore["far0"] != 2 {
+		t.Errorf("ARP: %v, error %v", s.ARPIgnore, err)
 	}
 	if s, err := k.Sysctls(); err != nil || s.ReversePath["far0"] != 1 || s.ReversePath["up0.5"] != 2 || s.ReversePath["lo"] != 1 {
 		t.Errorf("with all=1: %v, error %v", s.ReversePath, err)

@@ -114,16 +114,33 @@ func (k *fakeKernel) doRoute(o netcfg.Op) error {
 	return nil
 }
 
-// check: no rule of ours leads to a table that packets could fall out of.
+// isOwn says whether table local gives an address to the host.
+func (k *fakeKernel) isOwn(a netip.Addr) bool {
+	bits, own := -1, false
+	for _, r := range k.routes {
+		if r.Table == netcfg.TableLocal && r.Dst.Contains(a) && r.Dst.Bits() > bits {
+			bits, own = r.Dst.Bits(), r.Type == netcfg.RouteLocal
+		}
+	}
+	return own
+}
+
+// check: no rule of ours leads to a table that packets could fall out of, and no
+// gateway is the host's own.
 func (k *fakeKernel) check(o netcfg.Op) {
 	for _, r := range k.rules {
-		if r.Protocol != netcfg.Protocol || r.Priority < 11900 {
+		if r.Protocol != netcfg.Protocol || r.Priority < 11900 || r.Table == netcfg.TableMain {
 			continue
 		}
 		if !slices.ContainsFunc(k.routes, func(x netcfg.Route) bool {
 			return x.Family == r.Family && x.Table == r.Table && netcfg.IsLastResort(x)
 		}) {
 			k.broken = append(k.broken, fmt.Sprintf("after %q: %s leads to a table without an unreachable default", o, r))
+		}
+	}
+	for _, r := range k.routes {
+		if gw := r.Gateway; gw.IsValid() && k.isOwn(gw) {
+			k.broken = append(k.broken, fmt.Sprintf("after %q: gateway %s is the host's own", o, gw))
 		}
 	}
 }
@@ -178,13 +195,19 @@ func TestEachOperationFailsOnce(t *testing.T) {
 	second := with(isp2(), func(u *netcfg.Uplink) {
 		u.ManageAddresses, u.Addresses, u.Gateway4 = true, addrs("203.0.113.7", "198.51.100.11"), netip.MustParseAddr("203.0.113.2")
 	})
-	local := with(isp1(), func(u *netcfg.Uplink) { u.Local = []netip.Prefix{netip.MustParsePrefix("10.60.0.0/24")} })
+	local := with(isp1(), func(u *netcfg.Uplink) { u.Local = prefixes("10.60.0.0/24", "198.51.100.0/24", "2001:db8:100::/56") })
+	loose := netcfg.Want{Layout: layout(), Local: prefixes("198.51.100.0/24", "2001:db8:beef::/64")}
 	for _, tt := range []struct {
 		name     string
 		from, to netcfg.Want
 	}{
 		{"from nothing", want(), want(local, isp2())},
+		{"to prefixes alone", want(), loose},
+		{"from prefixes alone", loose, want()},
+		{"from prefixes alone to uplinks", loose, want(local, isp2())},
 		{"to nothing", want(local, isp2()), want()},
+		{"to diverts", want(isp2()), diverting(isp2())},
+		{"from diverts", diverting(), want()},
 		{"from one to another", want(local, isp2()), want(with(isp1NoAddrs(), func(u *netcfg.Uplink) { u.Mark.Value = 0x50000 }), second)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -232,7 +255,8 @@ func TestEachOperationFailsOnce(t *testing.T) {
 func TestForeignSurvives(t *testing.T) {
 	k := host()
 	before := k.show()
-	for _, w := range []netcfg.Want{want(isp1()), want(isp1(), isp2()), want(isp2()), want()} {
+	locals := want(with(isp1(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/24", "2001:db8:100::/64") }), isp2())
+	for _, w := range []netcfg.Want{want(isp1()), want(isp1(), isp2()), locals, want(isp2()), want()} {
 		if err := netcfg.Diff(k.snapshot(), w).Apply(k); err != nil {
 			t.Fatal(err)
 		}
@@ -306,5 +330,67 @@ func TestReconcile(t *testing.T) {
 	// A snapshot from before is no reason to do it twice.
 	if n, err := netcfg.Reconcile(k, stale, w, slog.New(slog.DiscardHandler)); n != 0 || err != nil {
 		t.Errorf("with an old snapshot: %d changes, error %v", n, err)
+	}
+}
+
+// TestMakeOnAHostThatChanges: a link that goes down after the state was read is no
+// failure; what cannot be done is, and without rights it is not tried again.
+func TestMakeOnAHostThatChanges(t *testing.T) {
+	w := want(isp1(), isp2())
+	k := host()
+	stale := k.snapshot()
+	k.down(3)
+	plan, err := netcfg.Make(k, stale, w, nil)
+	if err != nil {
+		t.Error(err)
+	}
+	if !netcfg.Diff(k.snapshot(), w).Empty() || len(k.broken) > 0 || plan.Empty() {
+		t.Errorf("left to do %q, broken %q", netcfg.Diff(k.snapshot(), w).Commands(), k.broken)
+	}
+
+	k = host()
+	for n := range 1000 {
+		k.failAt[n] = int(unix.ENOMEM)
+	}
+	if _, err := netcfg.Make(k, k.snapshot(), w, nil); !errors.Is(err, unix.ENOMEM) {
+		t.Errorf("nothing can be done: %v", err)
+	}
+
+	k = host()
+	k.failAt[1] = int(unix.EPERM)
+	if _, err := netcfg.Make(k, k.snapshot(), w, netcfg.Plan.Adds); !errors.Is(err, unix.EPERM) || k.done != 1 {
+		t.Errorf("without rights: %v after %d operations", err, k.done)
+	}
+}
+
+// TestReconcileLocal: a local route and an exception that vanish are put back, and
+// the log says so.
+func TestReconcileLocal(t *testing.T) {
+	k := host()
+	w := want(with(isp1NoAddrs(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/24") }))
+	w.Local = prefixes("2001:db8:beef::/64")
+	if err := netcfg.Diff(k.snapshot(), w).Apply(k); err != nil {
+		t.Fatal(err)
+	}
+	goal := k.show()
+	k.routes = slices.DeleteFunc(k.routes, func(r netcfg.Route) bool { return r.Table == netcfg.TableLocal })
+	if st, reason := k.snapshot().HasLocal(w.Local[0]); st != netcfg.Absent || reason != "no local route makes 2001:db8:beef::/64 the host's own" {
+		t.Errorf("without its route the prefix is %s (%s)", st, reason)
+	}
+	var log strings.Builder
+	if n, err := netcfg.Reconcile(k, k.snapshot(), w, slog.New(slog.NewTextHandler(&log, nil))); n != 3 || err != nil {
+		t.Errorf("%d changes, error %v, want 3 and none", n, err)
+	}
+	if k.show() != goal {
+		t.Errorf("got\n%s\nwant\n%s", k.show(), goal)
+	}
+	mustHold(
+		t, log.String(),
+		`command="ip route add throw 198.51.100.1/32 table local proto 119 metric 12155"`,
+		`command="ip route add local 198.51.100.0/24 dev lo table local proto 119 metric 11900"`,
+		`command="ip -6 route add local 2001:db8:beef::/64 dev lo table local proto 119 metric 12155"`,
+	)
+	if len(k.broken) > 0 {
+		t.Errorf("on the way:\n%s", strings.Join(k.broken, "\n"))
 	}
 }

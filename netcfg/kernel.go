@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -125,6 +126,8 @@ const (
 	partRoutes
 	partRules
 	partAll = partLinks | partAddrs | partRoutes | partRules
+
+	parts = 4 // their number
 )
 
 // Read takes a snapshot.
@@ -136,13 +139,14 @@ func (k *Netlink) reread(old *Snapshot, what part) (*Snapshot, error) {
 	var addrs []Address
 	var routes []Route
 	var rules []Rule
+	var begun [parts]time.Time
 	if old == nil {
 		what = partAll
 	} else {
-		links, addrs, routes, rules = old.Links, old.list, old.Routes, old.Rules
+		links, addrs, routes, rules, begun = old.Links, old.list, old.Routes, old.Rules, old.begun
 	}
 	whole := true
-	for _, p := range []struct {
+	for i, p := range []struct {
 		part part
 		name string
 		read func() (bool, error)
@@ -155,6 +159,7 @@ func (k *Netlink) reread(old *Snapshot, what part) (*Snapshot, error) {
 		if what&p.part == 0 {
 			continue
 		}
+		begun[i] = time.Now()
 		ok, err := p.read()
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", p.name, err)
@@ -162,7 +167,7 @@ func (k *Netlink) reread(old *Snapshot, what part) (*Snapshot, error) {
 		whole = whole && ok
 	}
 	s := newSnapshot(links, addrs, routes, rules)
-	s.IPv6, s.AddrProto, s.partial = k.ipv6, k.proto, !whole
+	s.IPv6, s.AddrProto, s.partial, s.begun = k.ipv6, k.proto, !whole, begun
 	return s, nil
 }
 
@@ -226,7 +231,7 @@ func (k *Netlink) readRoutes() (routes []Route, whole bool, err error) {
 // keeps says whether a route belongs into a Snapshot.
 func (k *Netlink) keeps(r Route) bool {
 	switch {
-	case r.Type == RouteLocal:
+	case r.Type == RouteLocal, r.Table == TableLocal:
 		return r.Protocol != unix.RTPROT_KERNEL
 	case r.Table == TableMain && r.isConnected():
 		return true

@@ -12,19 +12,23 @@ const Protocol uint8 = 119
 // A daemon's share of the host's number spaces.
 const (
 	// Tables is how many routing tables a Layout takes, from TableBase on. Uplinks
-	// are numbered 1 to Tables and use tables TableBase to TableBase+Tables-1.
-	Tables = 256
+	// are numbered 1 to MaxUplink and use tables from TableBase on. Two of the last
+	// are for what is diverted. The very last of the numbers is no table's: as a
+	// metric in table local it marks what is ours there and no single uplink's.
+	Tables    = 256
+	MaxUplink = Tables - 3
 
 	// Priorities is how many rule priorities a Layout takes, from RulePriority on:
 	// the first for the fwmark rules, the next 129 for the `from PREFIX` rules (the
-	// longest prefix first), the rest for rules to come.
+	// longest prefix first), one for what is diverted and one for what else comes by
+	// such an interface, the rest for rules to come.
 	Priorities = 256
 )
 
 // Layout is the part of the host's number spaces that belongs to one daemon. Two
 // daemons in a network namespace need Layouts that overlap in none of the three.
 type Layout struct {
-	TableBase    uint32 // first of Tables routing tables; also the metric of our addresses and local routes
+	TableBase    uint32 // first of Tables routing tables; the metric of our addresses and local routes is such a number too
 	RulePriority uint32 // first of Priorities rule priorities
 	MarkMask     uint32 // all bits of a socket mark that are ours
 }
@@ -57,6 +61,10 @@ func (l Layout) Validate() error {
 func (l Layout) ownsTable(t uint32) bool {
 	return l == Layout{} || t >= l.TableBase && t-l.TableBase < Tables
 }
+
+// sharedMetric is the metric in table local of what belongs to no single uplink:
+// local routes without one, and exceptions for gateways.
+func (l Layout) sharedMetric() uint32 { return l.TableBase + Tables - 1 }
 
 func (l Layout) ownsPriority(p uint32) bool {
 	return p >= l.RulePriority && p-l.RulePriority < Priorities

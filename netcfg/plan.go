@@ -52,9 +52,10 @@ type Op struct {
 }
 
 // Plan is what leads from a Snapshot to a Want, in order: unreachable defaults,
-// routes, addresses and rules are added; then rules, addresses, routes and
-// unreachable defaults are deleted. So a rule never leads to a table that its
-// packets could fall out of.
+// routes, addresses, rules, exceptions for gateways and local routes are added; then
+// local routes, exceptions, rules, addresses, routes and unreachable defaults are
+// deleted. So a rule never leads to a table that its packets could fall out of, and a
+// gateway is never taken for the host itself.
 type Plan struct {
 	Ops []Op
 
@@ -81,6 +82,9 @@ func Diff(have *Snapshot, want Want) Plan {
 	used := make(map[uint32]bool, len(want.Uplinks))
 	for _, u := range want.Uplinks {
 		used[want.Table(u)] = true
+	}
+	if len(want.Diverts) > 0 {
+		used[want.Layout.divertTable()], used[want.Layout.restTable()] = true, true
 	}
 	for _, r := range have.Routes {
 		r.Down = false
@@ -148,15 +152,23 @@ type routeKey struct {
 
 func (r Route) key() routeKey { return routeKey{r.Family, r.Table, r.Dst, r.Metric} }
 
-// isLastResort says whether a route is the end of an uplink's table.
+// isLastResort says whether a route is the end of a table of ours.
 func (r Route) isLastResort() bool { return r.Type == RouteUnreachable && r.Dst.Bits() == 0 }
+
+// isException says whether a route of table local takes an address out of a prefix
+// that is the host's own.
+func (r Route) isException() bool { return r.Table == TableLocal && r.Type != RouteLocal }
 
 // step is an Op's place in the order of a Plan.
 func (o Op) step() int {
 	var n int
 	switch {
-	case o.Kind == KindRoute && o.Route.isLastResort():
+	case o.isLastResort():
 		n = 1
+	case o.isException():
+		n = 7 // after rules, without which the kernel keeps tables local and main as one
+	case o.isLocal():
+		n = 8
 	case o.Kind == KindRoute && !o.Route.Gateway.IsValid():
 		n = 2
 	case o.Kind == KindRoute:
@@ -177,7 +189,9 @@ func (o Op) step() int {
 func compareOps(a, b Op) int {
 	return cmp.Or(cmp.Compare(a.step(), b.step()), compareRoute(a.Route, b.Route), compareAddress(a.Addr, b.Addr),
 		cmp.Compare(a.Rule.Family, b.Rule.Family), cmp.Compare(a.Rule.Table, b.Rule.Table),
-		cmp.Compare(a.Rule.Priority, b.Rule.Priority), a.Rule.Src.Addr().Compare(b.Rule.Src.Addr()))
+		cmp.Compare(a.Rule.Priority, b.Rule.Priority), a.Rule.Src.Addr().Compare(b.Rule.Src.Addr()),
+		cmp.Compare(a.Rule.IIF, b.Rule.IIF), cmp.Compare(a.Rule.IPProto, b.Rule.IPProto),
+		cmp.Compare(a.Rule.DPort.First, b.Rule.DPort.First), cmp.Compare(a.Rule.DPort.Last, b.Rule.DPort.Last))
 }
 
 // Empty says whether there is nothing to do.
@@ -228,8 +242,12 @@ func (o Op) String() string {
 	if r.Family == IPv6 {
 		six = " -6"
 	}
+	table := tableName(r.Table)
+	if r.Near {
+		table += " suppress_prefixlength 0"
+	}
 	return fmt.Sprintf("ip%s rule %s priority %d from %s%s lookup %s proto %d",
-		six, o.verb(), r.Priority, prefixOrAll(r.Src), r.selectors(), tableName(r.Table), r.Protocol)
+		six, o.verb(), r.Priority, prefixOrAll(r.Src), r.selectors(), table, r.Protocol)
 }
 
 func (o Op) verb() string {
@@ -251,6 +269,8 @@ func (o Op) routeWords() string {
 		b.WriteString("unreachable ")
 	case RouteLocal:
 		b.WriteString("local ")
+	case RouteThrow:
+		b.WriteString("throw ")
 	default:
 		fmt.Fprintf(&b, "type %d ", r.Type)
 	}
@@ -285,9 +305,10 @@ type ground struct {
 }
 
 // Apply carries the plan out. What fails is named in the error and the rest goes
-// on, but for two things: a rule is not added when its table's unreachable default
-// could not be, and that route is not deleted while a rule leads to it. Without
-// permission it stops at once. What a deletion finds gone is no error.
+// on, but for what stands on it: a rule is not added when its table's unreachable
+// default could not be, and that route is not deleted while a rule leads to it; the
+// same holds for a local route and the exceptions in it. Without permission it stops
+// at once. What a deletion finds gone is no error.
 func (p Plan) Apply(k Kernel) error {
 	var errs []error
 	failed := 0
@@ -296,16 +317,10 @@ func (p Plan) Apply(k Kernel) error {
 			errs = append(errs, fmt.Errorf("%s: %w", o, err))
 		}
 	}
-	bare := make(map[ground]bool)   // without an unreachable default
-	leadTo := make(map[ground]bool) // with a rule that could not be deleted
+	done := undone{bare: make(map[ground]bool), leadTo: make(map[ground]bool)}
 	for _, o := range p.Ops {
-		on := ground{o.Route.Family, o.Route.Table}
-		if o.Kind == KindRule {
-			on = ground{o.Rule.Family, o.Rule.Table}
-		}
-		last := o.Kind == KindRoute && o.Route.isLastResort()
-		if o.Kind == KindRule && o.Verb == Add && bare[on] || last && o.Verb == Delete && leadTo[on] {
-			fail(o, errUnsafe)
+		if err := done.forbids(o); err != nil {
+			fail(o, err)
 			continue
 		}
 		err := k.Do(o)
@@ -316,12 +331,7 @@ func (p Plan) Apply(k Kernel) error {
 		if errors.Is(err, unix.EPERM) {
 			break
 		}
-		switch {
-		case last && o.Verb != Delete:
-			bare[on] = true
-		case o.Kind == KindRule && o.Verb == Delete:
-			leadTo[on] = true
-		}
+		done.failed(o)
 	}
 	if failed > maxErrors {
 		errs = append(errs, fmt.Errorf("and %d more operations failed", failed-maxErrors))
@@ -332,8 +342,83 @@ func (p Plan) Apply(k Kernel) error {
 	return errors.Join(errs...)
 }
 
-// errUnsafe keeps the order of things when a step of it failed.
-var errUnsafe = errors.New("left undone: packets could fall through to another uplink")
+// makeTries is how often Make looks again at a host that goes on changing.
+const makeTries = 5
+
+// Make carries out what pick leaves of the difference between have and want, and
+// returns that plan; a nil pick leaves all. What failed is looked at again, and tried
+// again while it is still wanted: a link that went down after have was read takes
+// no routes, and lacks none.
+func Make(k Kernel, have *Snapshot, want Want, pick func(Plan) Plan) (Plan, error) {
+	if pick == nil {
+		pick = func(p Plan) Plan { return p }
+	}
+	first := pick(Diff(have, want))
+	err := first.Apply(k)
+	for range makeTries - 1 {
+		if err == nil || errors.Is(err, unix.EPERM) || errors.Is(err, ErrConflict) {
+			break
+		}
+		now, readErr := k.Read()
+		if readErr != nil {
+			return first, errors.Join(err, readErr)
+		}
+		err = pick(Diff(now, want)).Apply(k)
+	}
+	return first, err
+}
+
+// What keeps the order of things when a step of it failed.
+var (
+	errUnsafe  = errors.New("left undone: packets could fall through to another uplink")
+	errGateway = errors.New("left undone: the gateway would be taken for the host itself")
+)
+
+// undone is what failed of a plan that other steps stand on.
+type undone struct {
+	bare   map[ground]bool // without an unreachable default
+	leadTo map[ground]bool // with a rule that could not be deleted
+	inside []netip.Addr    // gateways whose exception could not be made
+	own    []netip.Prefix  // whose local route could not be deleted
+}
+
+func (o Op) ground() ground {
+	if o.Kind == KindRule {
+		return ground{o.Rule.Family, o.Rule.Table}
+	}
+	return ground{o.Route.Family, o.Route.Table}
+}
+
+func (u *undone) forbids(o Op) error {
+	adds, dst := o.Verb != Delete, o.Route.Dst
+	switch {
+	case o.Kind == KindRule && adds && u.bare[o.ground()], o.isLastResort() && !adds && u.leadTo[o.ground()]:
+		return errUnsafe
+	case o.isLocal() && adds && slices.ContainsFunc(u.inside, dst.Contains),
+		o.isException() && !adds && slices.ContainsFunc(u.own, func(p netip.Prefix) bool { return contains(p, dst) }):
+		return errGateway
+	}
+	return nil
+}
+
+func (u *undone) failed(o Op) {
+	switch adds := o.Verb != Delete; {
+	case o.isLastResort() && adds:
+		u.bare[o.ground()] = true
+	case o.Kind == KindRule && !adds:
+		u.leadTo[o.ground()] = true
+	case o.isException() && adds:
+		u.inside = append(u.inside, o.Route.Dst.Addr())
+	case o.isLocal() && !adds:
+		u.own = append(u.own, o.Route.Dst)
+	}
+}
+
+func (o Op) isLastResort() bool { return o.Kind == KindRoute && o.Route.isLastResort() }
+func (o Op) isException() bool  { return o.Kind == KindRoute && o.Route.isException() }
+func (o Op) isLocal() bool {
+	return o.Kind == KindRoute && o.Route.Table == TableLocal && o.Route.Type == RouteLocal
+}
 
 // isGone says whether an error of a deletion means that nothing is left to delete.
 func isGone(err error) bool {

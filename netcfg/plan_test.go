@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"wayout/netcfg"
 )
 
@@ -22,6 +24,14 @@ func addrs(list ...string) []netip.Addr {
 	out := make([]netip.Addr, len(list))
 	for i, s := range list {
 		out[i] = netip.MustParseAddr(s)
+	}
+	return out
+}
+
+func prefixes(list ...string) []netip.Prefix {
+	out := make([]netip.Prefix, len(list))
+	for i, s := range list {
+		out[i] = netip.MustParsePrefix(s)
 	}
 	return out
 }
@@ -89,6 +99,17 @@ func isp2() netcfg.Uplink {
 		Name: "isp2", Number: 2, Interface: "eth1", Mark: netcfg.Mark{Value: 0x20000, Mask: 0xff0000},
 		Gateway4: netip.MustParseAddr("203.0.113.1"),
 	}
+}
+
+// diverting is a Want that takes TCP 443 and some UDP of lan0.
+func diverting(u ...netcfg.Uplink) netcfg.Want {
+	w := want(u...)
+	w.Answers = netcfg.Mark{Value: 0xc10000, Mask: 0xff0000}
+	w.Diverts = []netcfg.Divert{{Interface: "lan0", Ports: []netcfg.DivertPorts{
+		{Protocol: unix.IPPROTO_UDP, First: 1000, Last: 2000},
+		{Protocol: unix.IPPROTO_TCP, First: 443, Last: 443},
+	}}}
+	return w
 }
 
 func want(u ...netcfg.Uplink) netcfg.Want { return netcfg.Want{Layout: layout(), Uplinks: u} }
@@ -249,8 +270,91 @@ ip addr del 203.0.113.7/32 dev eth0`,
 				u.Local = []netip.Prefix{netip.MustParsePrefix("2001:db8:beef::/64"), netip.MustParsePrefix("10.60.0.0/24")}
 			})),
 			ip: `
+ip rule add priority 11909 from 10.60.0.0/24 iif lo lookup 11900 proto 119
+ip -6 rule add priority 11965 from 2001:db8:beef::/64 iif lo lookup 11900 proto 119
 ip route add local 10.60.0.0/24 dev lo table local proto 119 metric 11900
 ip -6 route add local 2001:db8:beef::/64 dev lo table local proto 119 metric 11900`,
+		},
+		{
+			name: "prefix nodes that hold the gateways of their uplink and of table main",
+			from: want(isp1NoAddrs()),
+			want: want(with(isp1NoAddrs(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/24", "2001:db8:100::/64") })),
+			ip: `
+ip route add throw 198.51.100.1/32 table local proto 119 metric 12155
+ip -6 route add throw 2001:db8:100::1/128 table local proto 119 metric 12155
+ip route add local 198.51.100.0/24 dev lo table local proto 119 metric 11900
+ip -6 route add local 2001:db8:100::/64 dev lo table local proto 119 metric 11900`,
+		},
+		{
+			name: "such prefix nodes go: the exceptions last",
+			from: want(with(isp1NoAddrs(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/25", "2001:db8:100::/64") })),
+			want: want(isp1NoAddrs()),
+			ip: `
+ip route del local 198.51.100.0/25 dev lo table local proto 119 metric 11900
+ip -6 route del local 2001:db8:100::/64 dev lo table local proto 119 metric 11900
+ip route del throw 198.51.100.1/32 table local proto 119 metric 12155
+ip -6 route del throw 2001:db8:100::1/128 table local proto 119 metric 12155
+ip rule del priority 11908 from 198.51.100.0/25 iif lo lookup 11900 proto 119`,
+		},
+		{
+			name: "another gateway in the prefix of a node",
+			from: want(with(isp2(), func(u *netcfg.Uplink) { u.Local = prefixes("203.0.113.0/28") })),
+			want: want(with(isp2(), func(u *netcfg.Uplink) {
+				u.Local, u.Gateway4 = prefixes("203.0.113.0/28"), netip.MustParseAddr("203.0.113.14")
+			})),
+			ip: `
+ip route replace default via 203.0.113.14 dev eth1 table 11901 proto 119 metric 1024
+ip route add throw 203.0.113.14/32 table local proto 119 metric 12155
+ip route del throw 203.0.113.1/32 table local proto 119 metric 12155`,
+		},
+		{
+			name: "prefix nodes without an uplink, with main's gateway in one",
+			want: netcfg.Want{Layout: layout(), Local: prefixes("2001:db8:beef::/64", "198.51.100.0/24", "198.51.100.0/24")},
+			ip: `
+ip route add 198.51.100.1/32 dev eth0 scope link table local proto 119 metric 12155
+ip route add local 198.51.100.0/24 dev lo table local proto 119 metric 12155
+ip -6 route add local 2001:db8:beef::/64 dev lo table local proto 119 metric 12155`,
+		},
+		{
+			name: "an uplink comes to prefix nodes without one",
+			from: netcfg.Want{Layout: layout(), Local: prefixes("198.51.100.0/24")},
+			want: netcfg.Want{Layout: layout(), Local: prefixes("198.51.100.0/24"), Uplinks: []netcfg.Uplink{isp2()}},
+			ip: `
+ip route add unreachable default table 11901 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11901 proto 119 metric 4294967295
+ip route add 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 1024
+ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
+ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
+ip rule add priority 11905 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip route replace throw 198.51.100.1/32 table local proto 119 metric 12155`,
+		},
+		{
+			name: "prefix nodes without an uplink go",
+			from: netcfg.Want{Layout: layout(), Local: prefixes("2001:db8:beef::/64", "198.51.100.0/24")},
+			want: want(),
+			ip: `
+ip route del local 198.51.100.0/24 dev lo table local proto 119 metric 12155
+ip -6 route del local 2001:db8:beef::/64 dev lo table local proto 119 metric 12155
+ip route del 198.51.100.1/32 dev eth0 scope link table local proto 119 metric 12155`,
+		},
+		{
+			name: "a prefix node that is another uplink's link",
+			from: want(isp1NoAddrs(), isp2()),
+			want: want(isp1NoAddrs(), with(isp2(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/24") })),
+			ip: `
+ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11901 proto 119
+ip route add throw 198.51.100.1/32 table local proto 119 metric 12155
+ip route add local 198.51.100.0/24 dev lo table local proto 119 metric 11901
+ip rule del priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
+			notes: "uplink isp1 is on 198.51.100.0/24, which is a prefix of uplink isp2: packets from it that have no mark leave by isp2",
+		},
+		{
+			name:  "a prefix node of an uplink that is down",
+			from:  want(with(isp2(), func(u *netcfg.Uplink) { u.Local = prefixes("203.0.113.0/28", "10.60.0.0/24") })),
+			then:  func(k *fakeKernel) { k.down(3) },
+			want:  want(with(isp2(), func(u *netcfg.Uplink) { u.Local = prefixes("203.0.113.0/28", "10.60.0.0/24") })),
+			notes: "uplink isp2: interface eth1 is down",
 		},
 		{
 			name: "two uplinks by one interface: each prefix to the one whose gateway is in it",
@@ -323,6 +427,69 @@ ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
 ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
 		},
+		{
+			name: "diverted ports",
+			want: diverting(),
+			ip: `
+ip route add unreachable default table 12154 proto 119 metric 4294967295
+ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
+ip route add local default dev lo table 12154 proto 119 metric 1024
+ip -6 route add local default dev lo table 12154 proto 119 metric 1024
+ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip rule add priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
+		},
+		{
+			name: "a whole protocol of an interface that is yet to come, and nothing else of it",
+			from: diverting(),
+			want: func() netcfg.Want {
+				w := diverting()
+				w.Diverts = append(w.Diverts, netcfg.Divert{
+					Interface: "br0", Rest: netcfg.RestDrop, Ports: []netcfg.DivertPorts{{Protocol: unix.IPPROTO_TCP, Last: 65535}},
+				})
+				return w
+			}(),
+			ip: `
+ip route add unreachable default table 12153 proto 119 metric 4294967295
+ip -6 route add unreachable default table 12153 proto 119 metric 4294967295
+ip rule add priority 12031 from all iif br0 lookup 12153 proto 119
+ip rule add priority 12030 from all iif br0 ipproto tcp lookup 12154 proto 119
+ip -6 rule add priority 12031 from all iif br0 lookup 12153 proto 119
+ip -6 rule add priority 12030 from all iif br0 ipproto tcp lookup 12154 proto 119`,
+		},
+		{
+			name: "another port: the rule comes before the old one goes",
+			from: diverting(),
+			want: func() netcfg.Want {
+				w := diverting()
+				w.Diverts[0].Ports[1] = netcfg.DivertPorts{Protocol: unix.IPPROTO_TCP, First: 80, Last: 443}
+				return w
+			}(),
+			ip: `
+ip rule add priority 12030 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip -6 rule add priority 12030 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119`,
+		},
+		{
+			name: "diverting ends: rules first",
+			from: diverting(),
+			want: want(),
+			ip: `
+ip rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule del priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip -6 rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip route del local default dev lo table 12154 proto 119 metric 1024
+ip -6 route del local default dev lo table 12154 proto 119 metric 1024
+ip route del unreachable default table 12154 proto 119 metric 4294967295
+ip -6 route del unreachable default table 12154 proto 119 metric 4294967295`,
+		},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -330,7 +497,7 @@ ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
 			if tt.change != nil {
 				tt.change(k)
 			}
-			if len(tt.from.Uplinks) > 0 {
+			if len(tt.from.Uplinks)+len(tt.from.Local)+len(tt.from.Diverts) > 0 {
 				if err := netcfg.Diff(k.snapshot(), tt.from).Apply(k); err != nil {
 					t.Fatal(err)
 				}
@@ -436,7 +603,14 @@ func TestValidate(t *testing.T) {
 		{"priority after main", func(w *netcfg.Want) { w.Layout.RulePriority = 32766 }, "rule_priority 32766"},
 		{"no mark bits", func(w *netcfg.Want) { w.Layout.MarkMask = 0 }, "mark_mask is 0"},
 		{"number 0", func(w *netcfg.Want) { w.Uplinks[0].Number = 0 }, "number 0"},
-		{"number too high", func(w *netcfg.Want) { w.Uplinks[0].Number = 257 }, "number 257"},
+		{"divert nowhere", func(w *netcfg.Want) { *w = diverting(); w.Diverts[0].Interface = "" }, "interface \"\": want 1 to 15 characters"},
+		{"divert twice", func(w *netcfg.Want) { *w = diverting(); w.Diverts = append(w.Diverts, w.Diverts[0]) }, "interface lan0 is there twice"},
+		{"divert SCTP", func(w *netcfg.Want) { *w = diverting(); w.Diverts[0].Ports[0].Protocol = 132 }, "protocol 132 is neither TCP nor UDP"},
+		{"divert from port 0", func(w *netcfg.Want) { *w = diverting(); w.Diverts[0].Ports[0].First = 0 }, "ports 0 to 2000"},
+		{"divert backwards", func(w *netcfg.Want) { *w = diverting(); w.Diverts[0].Ports[0].First = 2001 }, "ports 2001 to 2000"},
+		{"divert a port twice", func(w *netcfg.Want) { *w = diverting(); w.Diverts[0].Ports[1] = w.Diverts[0].Ports[0] }, "are there twice"},
+		{"divert without a mark", func(w *netcfg.Want) { *w = diverting(); w.Answers = netcfg.Mark{} }, "mark 0x0/0x0"},
+		{"number too high", func(w *netcfg.Want) { w.Uplinks[0].Number = 256 }, "number 256: want 1 to 253"},
 		{"same number", func(w *netcfg.Want) { w.Uplinks[0].Number = 2 }, "have number 2"},
 		{"same name", func(w *netcfg.Want) { w.Uplinks[0].Name = "isp2" }, "two uplinks are named isp2"},
 		{"same mark", func(w *netcfg.Want) { w.Uplinks[0].Mark.Value = 0x20000 }, "marks of both"},
@@ -449,7 +623,24 @@ func TestValidate(t *testing.T) {
 		{"gateway of the wrong family", func(w *netcfg.Want) { w.Uplinks[0].Gateway4 = netip.MustParseAddr("::1") }, "gateway4 ::1"},
 		{"gateway with a zone", func(w *netcfg.Want) { w.Uplinks[0].Gateway6 = netip.MustParseAddr("fe80::1%eth0") }, "gateway6 fe80::1%eth0"},
 		{"mapped address", func(w *netcfg.Want) { w.Uplinks[0].Addresses = addrs("::ffff:192.0.2.1") }, "address ::ffff:192.0.2.1"},
-		{"host bits", func(w *netcfg.Want) { w.Uplinks[0].Local = []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")} }, "prefix 10.0.0.1/8"},
+		{"an address that is a gateway", func(w *netcfg.Want) { w.Uplinks[1].Addresses = append(w.Uplinks[1].Addresses, w.Uplinks[0].Gateway4) }, "is the gateway of uplink isp1"},
+		{"host bits", func(w *netcfg.Want) { w.Uplinks[0].Local = prefixes("10.0.0.1/8") }, "uplink isp1: prefix 10.0.0.1/8"},
+		{"host bits, no uplink", func(w *netcfg.Want) { w.Local = prefixes("2001:db8::1/64") }, "no uplink: prefix 2001:db8::1/64"},
+		{"no prefix", func(w *netcfg.Want) { w.Local = make([]netip.Prefix, 1) }, "without host bits"},
+		{"mapped prefix", func(w *netcfg.Want) { w.Local = prefixes("::ffff:10.0.0.0/104") }, "without host bits"},
+		{"half the internet", func(w *netcfg.Want) { w.Local = prefixes("128.0.0.0/1") }, "prefix 128.0.0.0/1: want /8"},
+		{"much of the internet", func(w *netcfg.Want) { w.Local = prefixes("2000::/3") }, "prefix 2000::/3: want /32"},
+		{"loopback", func(w *netcfg.Want) { w.Local = prefixes("127.0.0.0/8") }, "global unicast"},
+		{"link-local", func(w *netcfg.Want) { w.Local = prefixes("fe80::/64") }, "global unicast"},
+		{"multicast", func(w *netcfg.Want) { w.Local = prefixes("ff0e::/32") }, "global unicast"},
+		{"of this network", func(w *netcfg.Want) { w.Local = prefixes("0.0.0.0/8") }, "global unicast"},
+		{"a prefix of two uplinks", func(w *netcfg.Want) {
+			w.Uplinks[0].Local, w.Uplinks[1].Local = prefixes("10.60.0.0/24"), prefixes("10.61.0.0/24", "10.60.0.0/24")
+		}, "prefix 10.60.0.0/24 is of both uplink isp1 and uplink isp2"},
+		{"a prefix with and without an uplink", func(w *netcfg.Want) {
+			w.Local, w.Uplinks[1].Local = prefixes("2001:db8:beef::/64"), prefixes("2001:db8:beef::/64")
+		}, "prefix 2001:db8:beef::/64 is of both no uplink and uplink isp2"},
+		{"a gateway alone", func(w *netcfg.Want) { w.Local = prefixes("203.0.113.1/32") }, "no uplink: prefix 203.0.113.1/32 is the gateway of uplink isp2"},
 	} {
 		w := want(isp1(), isp2())
 		tt.change(&w)

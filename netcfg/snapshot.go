@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,12 +63,13 @@ const (
 	RouteUnicast     RouteType = unix.RTN_UNICAST
 	RouteLocal       RouteType = unix.RTN_LOCAL
 	RouteUnreachable RouteType = unix.RTN_UNREACHABLE
+	RouteThrow       RouteType = unix.RTN_THROW // the lookup goes on with the next rule
 )
 
 // rejects says whether a packet that meets such a route goes nowhere.
 func (t RouteType) rejects() bool {
 	switch t {
-	case unix.RTN_UNREACHABLE, unix.RTN_BLACKHOLE, unix.RTN_PROHIBIT, unix.RTN_THROW:
+	case RouteUnreachable, RouteThrow, unix.RTN_BLACKHOLE, unix.RTN_PROHIBIT:
 		return true
 	}
 	return false
@@ -77,9 +79,10 @@ func (t RouteType) rejects() bool {
 type Link struct {
 	Index    int
 	Name     string
-	Kind     string // "veth", "bridge"; "" for hardware and loopback
-	Admin    bool   // set up by the administrator
-	Up       bool   // Admin, and the operational state (RFC 2863) is up or unknown
+	Kind     string  // "veth", "bridge"; "" for hardware and loopback
+	MAC      [6]byte // zero where the link has no Ethernet address
+	Admin    bool    // set up by the administrator
+	Up       bool    // Admin, and the operational state (RFC 2863) is up or unknown
 	Loopback bool
 	Reason   string // why it is not Up, as a sentence without a full stop; "" when it is
 }
@@ -136,11 +139,17 @@ type Rule struct {
 	Mark     uint32
 	Mask     uint32 // 0: no fwmark selector
 	IIF, OIF string
-	Action   uint8 // FR_ACT_*; 1 looks the table up
+	IPProto  uint8     // 0: any
+	DPort    PortRange // destination ports; the zero PortRange: any
+	Near     bool      // the table's default routes do not count (suppress_prefixlength 0)
+	Action   uint8     // FR_ACT_*; 1 looks the table up
 	Protocol uint8
 	Invert   bool // `not`
 	Other    bool // it has selectors or actions that we do not read
 }
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ First, Last uint16 }
 
 // Snapshot is the kernel's network state at one moment. It is immutable: every
 // reader shares it, none may write to its maps and slices.
@@ -160,8 +169,16 @@ type Snapshot struct {
 
 	list    []Address // Addrs in order of address, then interface
 	local   []netip.Prefix
+	holes   []netip.Prefix // what table local takes out of them again
 	byName  map[string]Link
 	partial bool // a dump was interrupted by changes until the tries ran out
+	begun   [parts]time.Time
+}
+
+// Since is when the reading of the snapshot's oldest part began: what was changed
+// before is in it.
+func (s *Snapshot) Since() time.Time {
+	return slices.MinFunc(s.begun[:], time.Time.Compare)
 }
 
 // State is what became of an address.
@@ -205,7 +222,11 @@ func newSnapshot(links map[int]Link, addrs []Address, routes []Route, rules []Ru
 		s.byName[l.Name] = l
 	}
 	for _, r := range routes {
-		if r.Type == RouteLocal && r.Table == TableLocal && !slices.Contains(s.local, r.Dst) {
+		switch {
+		case r.Table != TableLocal:
+		case r.Type != RouteLocal:
+			s.holes = append(s.holes, r.Dst)
+		case !slices.Contains(s.local, r.Dst):
 			s.local = append(s.local, r.Dst)
 		}
 	}
@@ -266,13 +287,62 @@ func (s *Snapshot) Has(addr netip.Addr, ifname string) (State, string) {
 			best, reason = state, why
 		}
 	}
-	if best == Present || slices.ContainsFunc(s.local, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+	if best == Present || s.anyIP(addr) {
 		return Present, ""
 	}
 	if best == Absent {
 		reason = "address " + addr.String() + " is not on any interface"
 	}
 	return best, reason
+}
+
+// anyIP says whether a local route makes an address the host's own, and no longer
+// prefix of table local says otherwise.
+func (s *Snapshot) anyIP(addr netip.Addr) bool {
+	longest := func(list []netip.Prefix) int {
+		bits := -1
+		for _, p := range list {
+			if p.Bits() > bits && p.Contains(addr) {
+				bits = p.Bits()
+			}
+		}
+		return bits
+	}
+	own := longest(s.local)
+	return own >= 0 && own >= longest(s.holes)
+}
+
+// HasLocal says whether a whole prefix is the host's own by a local route (AnyIP),
+// its own or that of a shorter prefix: Present, or Absent and why. What lies in it
+// and is a gateway's all the same does not count; [Want.Reserved] names it.
+func (s *Snapshot) HasLocal(p netip.Prefix) (State, string) {
+	if slices.ContainsFunc(s.local, func(l netip.Prefix) bool { return contains(l, p) }) {
+		return Present, ""
+	}
+	return Absent, "no local route makes " + p.String() + " the host's own"
+}
+
+// contains says whether all of p is in outer.
+func contains(outer, p netip.Prefix) bool {
+	return outer.Bits() <= p.Bits() && outer.Contains(p.Addr())
+}
+
+// OnLink says whether a prefix, or a part of it, lies on the link of an interface, so
+// that whoever sends to its addresses asks for them there by ARP or neighbour
+// discovery: the host has to answer. Of other prefixes the upstream has to know a
+// route by the host. Prefixes of half the internet, as VPNs have them, do not count.
+//
+// It goes by the host's own addresses and routes. An upstream that takes a prefix
+// to be on the link while the host has no address in it cannot be told from here.
+func (s *Snapshot) OnLink(p netip.Prefix, link string) bool {
+	l, ok := s.Link(link)
+	if !ok || !p.IsValid() {
+		return false
+	}
+	f := familyOf(p.Addr())
+	return slices.ContainsFunc(s.neighbours(l, f).routes, func(q netip.Prefix) bool {
+		return q.Bits() >= shortestSource(f) && q.Overlaps(p)
+	})
 }
 
 func (s *Snapshot) usable(a Address, ifname string) (State, string) {
@@ -353,6 +423,26 @@ func (s *Snapshot) OwnAddrs() []netip.Addr {
 	return slices.SortedFunc(maps.Keys(s.Addrs), netip.Addr.Compare)
 }
 
+// Own says which addresses are the host's own: its addresses and the prefixes of
+// local routes (AnyIP) with true, and with false what table local takes out of
+// these. The longest prefix counts. Broadcast addresses are among them.
+func (s *Snapshot) Own() map[netip.Prefix]bool {
+	own := make(map[netip.Prefix]bool, len(s.Addrs)+len(s.local))
+	for _, p := range s.local {
+		own[p] = true
+	}
+	for _, p := range s.holes {
+		own[p] = false
+	}
+	for a := range s.Addrs {
+		own[netip.PrefixFrom(a, a.BitLen())] = true
+	}
+	for _, a := range s.Broadcasts() {
+		own[netip.PrefixFrom(a, a.BitLen())] = true
+	}
+	return own
+}
+
 // LocalPrefixes gives the prefixes that the host takes for its own by a local
 // route (AnyIP), beside its addresses.
 func (s *Snapshot) LocalPrefixes() []netip.Prefix { return slices.Clone(s.local) }
@@ -389,6 +479,9 @@ func (r Rule) String() string {
 	if r.Protocol != 0 {
 		fmt.Fprintf(&b, " proto %d", r.Protocol)
 	}
+	if r.Near {
+		b.WriteString(" suppress_prefixlength 0")
+	}
 	if r.Other {
 		b.WriteString(" ...")
 	}
@@ -406,6 +499,22 @@ func (r Rule) selectors() string {
 	}
 	if r.OIF != "" {
 		out += " oif " + r.OIF
+	}
+	switch r.IPProto {
+	case 0:
+	case unix.IPPROTO_TCP:
+		out += " ipproto tcp"
+	case unix.IPPROTO_UDP:
+		out += " ipproto udp"
+	default:
+		out += fmt.Sprintf(" ipproto %d", r.IPProto)
+	}
+	switch p := r.DPort; {
+	case p == PortRange{}:
+	case p.First == p.Last:
+		out += fmt.Sprintf(" dport %d", p.First)
+	default:
+		out += fmt.Sprintf(" dport %d-%d", p.First, p.Last)
 	}
 	return out
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,6 +17,7 @@ const (
 
 	inetDiagReqBytecode = 1  // INET_DIAG_REQ_BYTECODE
 	inetDiagMark        = 15 // INET_DIAG_MARK, Linux 4.10
+	inetDiagCgroup      = 21 // INET_DIAG_CGROUP_ID, Linux 5.9
 	inetDiagMarkCond    = 10 // INET_DIAG_BC_MARK_COND, Linux 4.9
 
 	sizeofInetDiagReq   = 56 // struct inet_diag_req_v2
@@ -43,6 +45,21 @@ type tcpSocket struct {
 	id     [sizeofInetDiagID]byte // as the kernel wants it back
 	marked bool                   // mark was told
 	mark   uint32
+	cgroup uint64 // that it was made in; 0: not told
+}
+
+// ends are the socket's addresses: of struct inet_diag_sockid, two ports and
+// two addresses of 16 bytes each, in network order.
+func (s tcpSocket) ends() (local, remote netip.AddrPort) {
+	return s.end(0, 4), s.end(2, 20)
+}
+
+func (s tcpSocket) end(port, addr int) netip.AddrPort {
+	a := netip.AddrFrom16([16]byte(s.id[addr:]))
+	if s.family == IPv4 {
+		a = netip.AddrFrom4([4]byte(s.id[addr:]))
+	}
+	return netip.AddrPortFrom(a.Unmap(), binary.BigEndian.Uint16(s.id[port:]))
 }
 
 func (s tcpSocket) cookie() cookie { return cookie(s.id[sizeofInetDiagID-len(cookie{}):]) }
@@ -57,6 +74,17 @@ func (s tcpSocket) orphan() bool {
 
 func (s tcpSocket) has(m Mark) bool { return s.marked && s.mark&m.Mask == m.Value }
 
+// addrs are the addresses of both ends (struct inet_diag_sockid).
+func (s tcpSocket) addrs() (local, remote netip.Addr) {
+	at := func(b []byte) netip.Addr {
+		if s.family == IPv4 {
+			return netip.AddrFrom4([4]byte(b))
+		}
+		return netip.AddrFrom16([16]byte(b)).Unmap()
+	}
+	return at(s.id[4:]), at(s.id[20:])
+}
+
 // parseSocket reads the body of a SOCK_DIAG_BY_FAMILY message (struct inet_diag_msg
 // and attributes).
 func parseSocket(b []byte) (tcpSocket, error) {
@@ -69,9 +97,15 @@ func parseSocket(b []byte) (tcpSocket, error) {
 		owned: binary.NativeEndian.Uint32(b[68:72]) != 0,
 	}
 	err := eachAttr(b[sizeofInetDiagMsg:], func(typ uint16, v []byte) (err error) {
-		if typ == inetDiagMark {
+		switch typ {
+		case inetDiagMark:
 			s.marked = true
 			s.mark, err = attrU32(v)
+		case inetDiagCgroup:
+			if len(v) != 8 {
+				return errShort
+			}
+			s.cgroup = binary.NativeEndian.Uint64(v)
 		}
 		return err
 	})
@@ -150,12 +184,17 @@ type diag struct {
 	buf []byte
 }
 
-// openDiag opens one in k's namespace, for work on sockets with m.
-func (k *Netlink) openDiag(m Mark) (*diag, error) {
-	// Value 0 would be all sockets that have no mark, those of the whole host.
+// usable refuses value 0: it would be all sockets that have no mark, those of the
+// whole host.
+func (m Mark) usable() error {
 	if m.Value == 0 || m.Value&^m.Mask != 0 {
-		return nil, fmt.Errorf("%w: sockets with mark 0x%x/0x%x: want a value that is not 0 and within its mask", ErrLayout, m.Value, m.Mask)
+		return fmt.Errorf("%w: sockets with mark 0x%x/0x%x: want a value that is not 0 and within its mask", ErrLayout, m.Value, m.Mask)
 	}
+	return nil
+}
+
+// openDiag opens one in k's namespace.
+func (k *Netlink) openDiag() (*diag, error) {
 	d := &diag{buf: make([]byte, 64<<10)}
 	err := k.inNamespace(func() (err error) {
 		d.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
@@ -233,12 +272,33 @@ func status(body []byte) error {
 	return nil
 }
 
-// sockets lists the TCP sockets with a mark.
-func (d *diag) sockets(ctx context.Context, m Mark) ([]tcpSocket, error) {
+// choice says which sockets are meant.
+type choice struct {
+	what string                // for errors
+	list func(f Family) []byte // the request for them, or for more
+	is   func(tcpSocket) bool
+}
+
+func (m Mark) choice() choice {
+	return choice{
+		what: fmt.Sprintf("with mark 0x%x/0x%x", m.Value, m.Mask),
+		list: func(f Family) []byte { return encodeList(f, m) },
+		is:   func(s tcpSocket) bool { return s.has(m) },
+	}
+}
+
+// sockets lists TCP sockets.
+func (d *diag) sockets(ctx context.Context, c choice) ([]tcpSocket, error) {
 	var list []tcpSocket
+	err := d.each(ctx, c, func(s tcpSocket) { list = append(list, s) })
+	return list, err
+}
+
+// each calls do for each TCP socket that is meant.
+func (d *diag) each(ctx context.Context, c choice, do func(tcpSocket)) error {
 	for _, f := range []Family{IPv4, IPv6} {
 		d.seq++
-		packet := appendMessage(nil, sockDiagByFamily, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, d.seq, encodeList(f, m))
+		packet := appendMessage(nil, sockDiagByFamily, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, d.seq, c.list(f))
 		err := d.exchange(ctx, packet, func(typ uint16, seq uint32, body []byte) (bool, error) {
 			switch {
 			case seq != d.seq:
@@ -251,19 +311,19 @@ func (d *diag) sockets(ctx context.Context, m Mark) ([]tcpSocket, error) {
 				return false, nil
 			}
 			s, err := parseSocket(body)
-			if err == nil && s.has(m) {
-				list = append(list, s)
+			if err == nil && c.is(s) {
+				do(s)
 			}
 			return false, err
 		})
 		if errors.Is(err, unix.ENOENT) {
-			return nil, errNoDiag(err)
+			return errNoDiag(err)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("list %s sockets with mark 0x%x/0x%x: %w", f, m.Value, m.Mask, err)
+			return fmt.Errorf("list %s sockets %s: %w", f, c.what, err)
 		}
 	}
-	return list, nil
+	return nil
 }
 
 // destroyBatch is how many sockets are ended with one packet; the acknowledgements

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -95,12 +97,15 @@ var errRenewed = errors.New("sockets with the mark stay or go on being made")
 //
 // UDP sockets are not counted: none outlives its process.
 func (k *Netlink) CountSockets(ctx context.Context, m Mark) (SocketCount, error) {
-	d, err := k.openDiag(m)
+	if err := m.usable(); err != nil {
+		return nil, err
+	}
+	d, err := k.openDiag()
 	if err != nil {
 		return nil, err
 	}
 	defer d.close()
-	list, err := d.sockets(ctx, m)
+	list, err := d.sockets(ctx, m.choice())
 	if err != nil {
 		return nil, err
 	}
@@ -124,12 +129,65 @@ func (k *Netlink) CountSockets(ctx context.Context, m Mark) (SocketCount, error)
 // behind for good and are not touched. All others are ended in that case too.
 // [Netlink.CountSockets] says when the rest has gone by itself.
 func (k *Netlink) EndSockets(ctx context.Context, m Mark) (n int, err error) {
-	d, err := k.openDiag(m)
+	return k.EndSocketsBut(ctx, m, Spare{})
+}
+
+// Spare says which sockets are not to be ended.
+type Spare struct {
+	Cgroups   []uint64 // IDs of the cgroups that they were made in
+	Listeners bool     // of these only the listeners
+}
+
+func (p Spare) has(s tcpSocket) bool {
+	return (!p.Listeners || s.state == Listen) && slices.Contains(p.Cgroups, s.cgroup)
+}
+
+// EndSocketsBut is EndSockets without those that are spared. Of what is kept after a
+// socket nobody knows the cgroup: with cgroups that are spared whole it is left.
+func (k *Netlink) EndSocketsBut(ctx context.Context, m Mark, spare Spare) (n int, err error) {
+	if err := m.usable(); err != nil {
+		return 0, err
+	}
+	c := m.choice()
+	if len(spare.Cgroups) > 0 {
+		c.is = func(s tcpSocket) bool {
+			return s.has(m) && !spare.has(s) && (spare.Listeners || !s.kept)
+		}
+	}
+	return k.end(ctx, c)
+}
+
+// Socket is a TCP socket of some process.
+type Socket struct {
+	Mark          uint32
+	Local, Remote netip.Addr // mapped addresses unmapped
+}
+
+// EndSocketsOf ends the TCP sockets that were made in some cgroups, named by their IDs,
+// and that are not right: connections and what becomes one or was one, never
+// listeners. It is like [Netlink.EndSockets] in all else, but that sockets to or from
+// loopback addresses are right whatever the function says. It needs Linux 5.9.
+func (k *Netlink) EndSocketsOf(ctx context.Context, cgroups []uint64, right func(Socket) bool) (n int, err error) {
+	return k.end(ctx, choice{
+		what: fmt.Sprintf("of cgroups %d", cgroups),
+		list: func(f Family) []byte { return encodeSocketRequest(f, allStates&^(1<<Listen)) },
+		is: func(s tcpSocket) bool {
+			if s.cgroup == 0 || !slices.Contains(cgroups, s.cgroup) {
+				return false
+			}
+			local, remote := s.addrs()
+			return !local.IsLoopback() && !remote.IsLoopback() && !right(Socket{s.mark, local, remote})
+		},
+	})
+}
+
+func (k *Netlink) end(ctx context.Context, c choice) (n int, err error) {
+	d, err := k.openDiag()
 	if err != nil {
 		return 0, err
 	}
 	defer d.close()
-	return d.end(ctx, m, kernelAtLeast(6, 11))
+	return d.end(ctx, c, kernelAtLeast(6, 11))
 }
 
 // endPasses is how often sockets are listed and ended: a second time for those that
@@ -147,21 +205,21 @@ const (
 )
 
 // end does it; orphans says whether the kernel can end what was closed.
-func (d *diag) end(ctx context.Context, m Mark, orphans bool) (n int, err error) {
+func (d *diag) end(ctx context.Context, c choice, orphans bool) (n int, err error) {
 	fates := make(map[cookie]fate) // of every socket that was there
 	for pass := 0; ; pass++ {
-		list, err := d.sockets(ctx, m)
+		list, err := d.sockets(ctx, c)
 		if err != nil {
 			return countEnded(fates), err
 		}
 		var todo []tcpSocket
 		for _, s := range list {
-			c := s.cookie()
-			f := fates[c]
+			id := s.cookie()
+			f := fates[id]
 			if s.orphan() && !orphans {
 				f = untouched
 			}
-			fates[c] = f
+			fates[id] = f
 			if f == untried || f == ended {
 				todo = append(todo, s)
 			}

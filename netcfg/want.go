@@ -1,6 +1,7 @@
 package netcfg
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -30,7 +31,7 @@ type Mark struct {
 // addresses that leave by it.
 type Uplink struct {
 	Name      string
-	Number    int // 1 to Tables, and the same for as long as connections live; it chooses the table
+	Number    int // 1 to MaxUplink, and the same for as long as connections live; it chooses the table
 	Interface string
 	Gateway4  netip.Addr // the zero Addr: only neighbours on the link are reached
 	Gateway6  netip.Addr
@@ -46,10 +47,14 @@ type Uplink struct {
 }
 
 // Want is the state of the kernel that a configuration asks for. One without
-// uplinks asks for nothing of ours in the Layout.
+// uplinks, prefixes and diverts asks for nothing of ours in the Layout.
 type Want struct {
 	Layout  Layout
 	Uplinks []Uplink
+	Local   []netip.Prefix // of prefix nodes without an uplink; as Uplink.Local, and routed as the host's own traffic is
+	Diverts []Divert       // each interface once
+	Clients Mark           // of the clients' sides: these reach what table main has a route for, before the `from` rules; the zero Mark: they do not
+	Answers Mark           // of sockets that answer what was diverted: these go by table main; needed with Diverts
 }
 
 // Table is the routing table of an uplink.
@@ -76,13 +81,36 @@ func (w Want) Validate() error {
 			}
 		}
 	}
+	if err := errors.Join(w.validateGateways(), w.validateLocal()); err != nil {
+		return fmt.Errorf("%w: %w", ErrLayout, err)
+	}
+	if err := w.validateDiverts(); err != nil {
+		return fmt.Errorf("%w: %w", ErrLayout, err)
+	}
+	return nil
+}
+
+// validateGateways refuses to make a gateway's address one of this host's: nothing
+// would get to the gateway any more.
+func (w Want) validateGateways() error {
+	by := map[netip.Addr]string{}
+	for _, u := range w.Uplinks {
+		by[u.Gateway4], by[u.Gateway6] = u.Name, u.Name
+	}
+	for _, u := range w.Uplinks {
+		for _, a := range u.Addresses {
+			if name, taken := by[a]; taken {
+				return fmt.Errorf("uplink %s: address %s is the gateway of uplink %s", u.Name, a, name)
+			}
+		}
+	}
 	return nil
 }
 
 func (u Uplink) validate(l Layout) error {
 	switch {
-	case u.Number < 1 || u.Number > Tables:
-		return fmt.Errorf("number %d: want 1 to %d", u.Number, Tables)
+	case u.Number < 1 || u.Number > MaxUplink:
+		return fmt.Errorf("number %d: want 1 to %d", u.Number, MaxUplink)
 	case u.Interface == "" || len(u.Interface) >= unix.IFNAMSIZ:
 		return fmt.Errorf("interface %q: want 1 to %d characters", u.Interface, unix.IFNAMSIZ-1)
 	case u.Gateway4.IsValid() && !u.Gateway4.Is4():
@@ -96,11 +124,6 @@ func (u Uplink) validate(l Layout) error {
 	for _, a := range u.Addresses {
 		if !a.IsValid() || a.Is4In6() || a.Zone() != "" {
 			return fmt.Errorf("address %s: want an IPv4 or IPv6 address without a zone", a)
-		}
-	}
-	for _, p := range u.Local {
-		if !p.IsValid() || p.Masked() != p || p.Addr().Is4In6() {
-			return fmt.Errorf("prefix %s: want a prefix without host bits", p)
 		}
 	}
 	return nil
@@ -150,7 +173,7 @@ func (w Want) spell(have *Snapshot) wish {
 			out.note("uplink %s: interface %s is down", u.Name, u.Interface)
 		}
 		for _, f := range fams {
-			out.routes = append(out.routes, w.lastResort(f, u))
+			out.routes = append(out.routes, lastResort(f, w.Table(u)))
 			out.rules = append(out.rules, w.markRule(f, u))
 			near := have.neighbours(link, f)
 			if ok && link.Admin {
@@ -166,8 +189,16 @@ func (w Want) spell(have *Snapshot) wish {
 			}
 		}
 		out.addrs = append(out.addrs, w.addresses(have, u, link, ok, &out)...)
-		out.routes = append(out.routes, w.localRoutes(have, u)...)
 	}
+	for _, f := range fams {
+		if len(uplinks) > 0 && w.Clients.Mask != 0 {
+			out.rules = append(out.rules, w.clientRule(f))
+		}
+		w.divert(have, f, &out)
+	}
+	out.routes = append(out.routes, w.localRoutes(have)...)
+	out.routes = append(out.routes, w.exceptions(have)...)
+	w.claimLocal(have, uplinks, claims, &out)
 	for p, u := range claims {
 		if r := w.fromRule(p, u); !slices.Contains(out.rules, r) {
 			out.rules = append(out.rules, r)
@@ -199,11 +230,11 @@ func (w Want) claim(claims map[netip.Prefix]Uplink, p netip.Prefix, u Uplink, ou
 	}
 }
 
-// lastResort is the route that keeps an uplink's packets from falling through to
-// the next table when its other routes have gone.
-func (w Want) lastResort(f Family, u Uplink) Route {
+// lastResort is the route that keeps a table's packets from falling through to the
+// next one when its other routes have gone.
+func lastResort(f Family, table uint32) Route {
 	return Route{
-		Family: f, Table: w.Table(u), Type: RouteUnreachable, Protocol: Protocol,
+		Family: f, Table: table, Type: RouteUnreachable, Protocol: Protocol,
 		Dst: f.defaultPrefix(), Metric: metricLast,
 	}
 }
@@ -212,6 +243,18 @@ func (w Want) markRule(f Family, u Uplink) Rule {
 	return Rule{
 		Family: f, Priority: w.Layout.RulePriority, Table: w.Table(u), Mark: u.Mark.Value, Mask: u.Mark.Mask,
 		Action: actionLookup, Protocol: Protocol,
+	}
+}
+
+// clientRule lets answers to clients go back to the networks that the host is on,
+// or has a route to: a client behind one interface may well have connected to an
+// address of another, which is an uplink's, and the `from` rule of that would send
+// the answers to the uplink's gateway. What only a default route leads to is left
+// to the `from` rules.
+func (w Want) clientRule(f Family) Rule {
+	return Rule{
+		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Clients.Value, Mask: w.Clients.Mask,
+		Near: true, Action: actionLookup, Protocol: Protocol,
 	}
 }
 
@@ -256,34 +299,6 @@ func (w Want) uplinkRoutes(f Family, u Uplink, link Link, near neighbours) []Rou
 			Dst: f.defaultPrefix(), Gateway: gw, LinkIndex: link.Index, Metric: metricRoute,
 			OnLink: !gw.IsLinkLocalUnicast() && !slices.ContainsFunc(near.routes, func(p netip.Prefix) bool { return p.Contains(gw) }),
 		})
-	}
-	return out
-}
-
-// localRoutes make whole prefixes the host's own.
-func (w Want) localRoutes(have *Snapshot, u Uplink) []Route {
-	var lo Link
-	for _, l := range have.Links {
-		if l.Loopback {
-			lo = l
-		}
-	}
-	var out []Route
-	for _, p := range u.Local {
-		f, scope := familyOf(p.Addr()), uint8(unix.RT_SCOPE_HOST)
-		if f == IPv6 {
-			if !have.IPv6 {
-				continue
-			}
-			scope = unix.RT_SCOPE_UNIVERSE
-		}
-		r := Route{
-			Family: f, Table: TableLocal, Type: RouteLocal, Scope: scope, Protocol: Protocol,
-			Dst: p, LinkIndex: lo.Index, Metric: w.Table(u),
-		}
-		if !slices.Contains(out, r) {
-			out = append(out, r)
-		}
 	}
 	return out
 }
@@ -343,7 +358,8 @@ func (l Layout) ownsAddr(a Address, kept bool) bool {
 }
 
 func (l Layout) ownsRule(r Rule) bool {
-	return r.Protocol == Protocol && l.ownsPriority(r.Priority) && l.ownsTable(r.Table) &&
+	table := l.ownsTable(r.Table) || r.Table == TableMain && r.Mask != 0
+	return r.Protocol == Protocol && l.ownsPriority(r.Priority) && table &&
 		r.Action == actionLookup && !r.Invert && !r.Other && !r.Dst.IsValid() && r.OIF == ""
 }
 
@@ -351,7 +367,7 @@ func (l Layout) ownsRoute(r Route) bool {
 	if r.Protocol != Protocol || r.Other {
 		return false
 	}
-	return l.ownsTable(r.Table) || r.Table == TableLocal && r.Type == RouteLocal && l.ownsTable(r.Metric)
+	return l.ownsTable(r.Table) || r.Table == TableLocal && l.ownsTable(r.Metric)
 }
 
 // neighbours is what an interface reaches without a gateway.

@@ -127,8 +127,14 @@ func (w *Watcher) Snapshot() *Snapshot { return w.current.Load() }
 // Done is closed when the watcher has stopped and OnChange is not called again.
 func (w *Watcher) Done() <-chan struct{} { return w.done }
 
-// Refresh asks for a whole read at the next moment, as an event would.
-func (w *Watcher) Refresh() { w.mark(partAll) }
+// Refresh asks for a whole read at the next moment, that OnChange gets even when
+// nothing has changed.
+func (w *Watcher) Refresh() {
+	w.mu.Lock()
+	w.undone = true
+	w.mu.Unlock()
+	w.mark(partAll)
+}
 
 func (w *Watcher) publish(s *Snapshot) {
 	w.current.Store(s)
@@ -366,6 +372,6 @@ func (s *Snapshot) carryOver(old *Snapshot, gone map[journalKey]bool) *Snapshot 
 		}
 	}
 	out := newSnapshot(s.Links, list, s.Routes, s.Rules)
-	out.IPv6, out.AddrProto, out.partial = s.IPv6, s.AddrProto, true
+	out.IPv6, out.AddrProto, out.partial, out.begun = s.IPv6, s.AddrProto, true, s.begun
 	return out
 }

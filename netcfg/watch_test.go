@@ -208,6 +208,29 @@ func TestWatchBurst(t *testing.T) {
 	}
 }
 
+// TestRefresh: a snapshot says how old it is, and one that is asked for comes even
+// when nothing has changed.
+func TestRefresh(t *testing.T) {
+	inNamespace(t)
+	ip(t, "link set lo up")
+	w, until := watch(t, netcfg.WatchOptions{})
+	for range 3 {
+		asked := time.Now()
+		if !w.Snapshot().Since().Before(asked) {
+			t.Fatal("the snapshot is from the future")
+		}
+		w.Refresh()
+		until("newer than it was asked for", func(s *netcfg.Snapshot) bool { return !s.Since().Before(asked) })
+	}
+	// What is read in part is as old as its oldest part.
+	asked := time.Now()
+	ip(t, "addr add 192.0.2.7/32 dev lo")
+	until("the address", func(s *netcfg.Snapshot) bool { return state("192.0.2.7", "")(s) == "present" })
+	if !w.Snapshot().Since().Before(asked) {
+		t.Error("interfaces that were not read again are taken to be new")
+	}
+}
+
 func TestGlobalAddrs(t *testing.T) {
 	inNamespace(t)
 	for _, line := range []string{

@@ -19,7 +19,8 @@ const (
 
 	skipStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS, Linux 4.6
 
-	ruleInvert = 0x2 // FIB_RULE_INVERT
+	ruleInvert    = 0x2 // FIB_RULE_INVERT
+	ruleDportMask = 29  // FRA_DPORT_MASK, Linux 6.15
 )
 
 // operational states of RFC 2863 as the kernel numbers them.
@@ -93,6 +94,10 @@ func parseLink(b []byte) (Link, error) {
 		switch typ {
 		case unix.IFLA_IFNAME:
 			l.Name = attrString(v)
+		case unix.IFLA_ADDRESS:
+			if len(v) == len(l.MAC) {
+				l.MAC = [6]byte(v)
+			}
 		case unix.IFLA_OPERSTATE:
 			if len(v) < 1 {
 				return errShort
@@ -275,9 +280,28 @@ func parseRule(b []byte) (r Rule, ok bool, err error) {
 				return errShort
 			}
 			r.Protocol = v[0]
-		case nl.FRA_SUPPRESS_PREFIXLEN, nl.FRA_SUPPRESS_IFGROUP:
+		case nl.FRA_SUPPRESS_PREFIXLEN:
+			n, err = attrU32(v)
+			r.Near = n == 0
+			r.Other = r.Other || n != 0 && n != ^uint32(0)
+		case nl.FRA_SUPPRESS_IFGROUP:
 			n, err = attrU32(v)
 			r.Other = r.Other || n != ^uint32(0)
+		case nl.FRA_IP_PROTO:
+			if len(v) < 1 {
+				return errShort
+			}
+			r.IPProto = v[0]
+		case nl.FRA_DPORT_RANGE:
+			if len(v) < 4 {
+				return errShort
+			}
+			r.DPort = PortRange{binary.NativeEndian.Uint16(v), binary.NativeEndian.Uint16(v[2:])}
+		case ruleDportMask: // said of every single port
+			if len(v) < 2 {
+				return errShort
+			}
+			r.Other = r.Other || binary.NativeEndian.Uint16(v) != 0xffff
 		case unix.FRA_PAD: // carries nothing
 		default:
 			r.Other = true
@@ -337,7 +361,16 @@ func encodeRule(r Rule) []byte {
 	if r.IIF != "" {
 		m.attr(nl.FRA_IIFNAME, append([]byte(r.IIF), 0))
 	}
+	if r.IPProto != 0 {
+		m.attr(nl.FRA_IP_PROTO, []byte{r.IPProto})
+	}
+	if r.DPort != (PortRange{}) {
+		m.attr(nl.FRA_DPORT_RANGE, binary.NativeEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, r.DPort.First), r.DPort.Last))
+	}
 	m.u32(nl.FRA_TABLE, r.Table)
+	if r.Near {
+		m.u32(nl.FRA_SUPPRESS_PREFIXLEN, 0)
+	}
 	m.attr(nl.FRA_PROTOCOL, []byte{r.Protocol})
 	return m
 }

@@ -2,14 +2,18 @@ package lab
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"strings"
 	"time"
+
+	"wayout/router/socks/client"
 )
 
 // Ask is one request through a proxy to an Origin.
@@ -19,11 +23,16 @@ type Ask struct {
 	Target string   // host:port of the origin
 	Tunnel bool     // CONNECT, then GET inside; else an absolute-form GET
 	Header []string // "Name: value", of the request that the proxy reads
+
+	// SOCKS asks for the tunnel by SOCKS5, with its credentials and its extension;
+	// nil: HTTP does.
+	SOCKS *client.Dialer
 }
 
 // Told is what came back.
 type Told struct {
-	Status int         // of the proxy, or of the origin through it
+	Status int         // of the proxy, or of the origin through it; 0 when Reply is not
+	Reply  byte        // of a SOCKS5 proxy that refuses
 	Header http.Header // of the proxy's answer
 	Body   string      // of a refusal
 	Seen   Seen        // when the origin was reached
@@ -38,6 +47,9 @@ func (a Ask) Do() (told Told, err error) {
 	defer func() { err = errors.Join(err, conn.Close()) }()
 	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
 		return Told{}, err
+	}
+	if a.SOCKS != nil {
+		return a.bySOCKS(conn)
 	}
 	r := bufio.NewReader(conn)
 	var lines strings.Builder
@@ -57,12 +69,30 @@ func (a Ask) Do() (told Told, err error) {
 	if err != nil || told.Status != http.StatusOK {
 		return told, err
 	}
+	inner, err := a.inside(conn, r)
+	told.Seen = inner.Seen
+	return told, err
+}
+
+// bySOCKS makes the tunnel by SOCKS5.
+func (a Ask) bySOCKS(conn net.Conn) (Told, error) {
+	_, err := a.SOCKS.Handshake(context.Background(), conn, a.Target)
+	var refused *client.ReplyError
+	switch {
+	case errors.As(err, &refused):
+		return Told{Reply: refused.Code, Body: refused.Error()}, nil
+	case err != nil:
+		return Told{}, err
+	}
+	return a.inside(conn, bufio.NewReader(conn))
+}
+
+// inside sends the request through a tunnel.
+func (a Ask) inside(conn net.Conn, r *bufio.Reader) (Told, error) {
 	if _, err := fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: %s\r\n\r\n", a.Target); err != nil {
 		return Told{}, err
 	}
-	inner, err := answer(r, http.MethodGet)
-	told.Seen = inner.Seen
-	return told, err
+	return answer(r, http.MethodGet)
 }
 
 func answer(r *bufio.Reader, method string) (Told, error) {

@@ -210,6 +210,26 @@ func (c *Capture) Packets() []Packet {
 	return c.pkts[:len(c.pkts):len(c.pkts)]
 }
 
+// Take gives the packets that were seen since the last Take, and forgets them,
+// so that a capture may go on for long; it waits until there are some. Those who
+// take do not ask for Packets and do not Await.
+func (c *Capture) Take(ctx context.Context) ([]Packet, error) {
+	for {
+		c.mu.Lock()
+		pkts, more := c.pkts, c.more
+		c.pkts = nil
+		c.mu.Unlock()
+		if len(pkts) > 0 {
+			return pkts, nil
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
 // Truth is what the interface itself has counted since the capture began, less
 // the Ethernet headers. It is the truth of the wire only with WholePackets on
 // both ends of the pair.

@@ -11,6 +11,8 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -209,6 +211,65 @@ func (n *NS) AddRoute(dst netip.Prefix, via netip.Addr) error {
 		return fmt.Errorf("route %s via %s in %s: %w", dst, via, n.Name, err)
 	}
 	return nil
+}
+
+// AddNeighbours adds a route to a prefix whose addresses are all on an interface's
+// link: each is asked for there.
+func (n *NS) AddNeighbours(dst netip.Prefix, link string) error {
+	return n.onLink(link, func(l netlink.Link) error {
+		return n.nl.RouteAdd(&netlink.Route{Dst: ipNet(dst), LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK})
+	})
+}
+
+// AddLocal makes a whole prefix the namespace's own (AnyIP).
+func (n *NS) AddLocal(dst netip.Prefix) error {
+	return n.onLink("lo", func(l netlink.Link) error {
+		return n.nl.RouteAdd(&netlink.Route{
+			Dst: ipNet(dst), LinkIndex: l.Attrs().Index,
+			Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	})
+}
+
+// ForgetNeighbours empties an interface's table of neighbours, of both families.
+// The kernel's limit for it holds for all namespaces together.
+func (n *NS) ForgetNeighbours(link string) error {
+	return n.onLink(link, func(l netlink.Link) error {
+		list, err := n.nl.NeighList(l.Attrs().Index, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			if err := n.nl.NeighDel(&e); err != nil && !errors.Is(err, unix.ENOENT) {
+				return fmt.Errorf("forget %s: %w", e.IP, err)
+			}
+		}
+		return nil
+	})
+}
+
+// DialFrom connects from the namespace to a literal address, from a source that it
+// need not have (IP_FREEBIND), as IPv6 wants it of the addresses of AddLocal.
+func (n *NS) DialFrom(src netip.Addr, addr netip.AddrPort) (*net.TCPConn, error) {
+	var conn net.Conn
+	err := n.Do(func() error {
+		d := net.Dialer{
+			LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0)),
+			Timeout:   30 * time.Second,
+			Control: func(_, _ string, c syscall.RawConn) (err error) {
+				return errors.Join(c.Control(func(fd uintptr) {
+					err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
+				}), err)
+			},
+		}
+		var err error
+		conn, err = d.Dial("tcp", addr.String())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dial from %s in %s: %w", src, n.Name, err)
+	}
+	return conn.(*net.TCPConn), nil
 }
 
 // DelRoute takes away what AddRoute added.

@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"net/netip"
 	"testing"
+
+	"github.com/vishvananda/netlink"
 )
 
 func TestProgramSeesItsNamespaceAndFiles(t *testing.T) {
@@ -78,6 +80,73 @@ func TestWorldLeadsByMainRouting(t *testing.T) {
 		}
 		if err := o.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestWorldsPrefixes shows that an address of each prefix is answered once the host
+// has made the prefix its own, and that neighbour discovery is what SharedNet6 lacks.
+func TestWorldsPrefixes(t *testing.T) {
+	Require(t)
+	w, err := NewWorld(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for _, c := range []struct{ net, origin, alone string }{
+		{RoutedNet4, OriginAddr4, ""},
+		{RoutedNet6, OriginAddr6, ""},
+		{SharedNet4, OriginAddr4, ""},
+		{SharedNet6, OriginAddr6, "2001:db8:100:cafe::77"}, // the one that it has on its interface
+	} {
+		p := netip.MustParsePrefix(c.net)
+		if err := w.Host.AddLocal(p); err != nil {
+			t.Fatal(err)
+		}
+		src := p.Addr().Next().Next()
+		if c.alone != "" {
+			src = netip.MustParseAddr(c.alone)
+			if err := w.Host.AddAddr("eth0", netip.PrefixFrom(src, 128)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l, err := w.Origin.Listen(netip.MustParseAddrPort(net.JoinHostPort(c.origin, "80")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := w.Host.DialFrom(src, netip.MustParseAddrPort(l.Addr().String()))
+		if err != nil {
+			t.Fatalf("%s: %v", c.net, err)
+		}
+		seen, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := netip.MustParseAddrPort(seen.RemoteAddr().String()).Addr(); got != src {
+			t.Errorf("the origin saw %s, want %s", got, src)
+		}
+		seen.Close()
+		conn.Close()
+		l.Close()
+	}
+	if err := w.ISP1.ForgetNeighbours("host0"); err != nil {
+		t.Fatal(err)
+	}
+	host0, err := w.ISP1.Netlink().LinkByName("host0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, err := w.ISP1.Netlink().NeighList(host0.Attrs().Index, netlink.FAMILY_ALL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range left {
+		if n.IP.IsGlobalUnicast() {
+			t.Errorf("neighbour %s is left", n.IP)
 		}
 	}
 }

@@ -15,6 +15,9 @@ import (
 // The host has a primary address on each uplink, which nothing is ever told
 // to use (so a connection that shows it has left unpinned), and the addresses
 // of Egress4 and Egress6 beside it. Its main routing goes out by isp1.
+//
+// Whole prefixes come in by isp1 too, for which the host itself does nothing yet:
+// it has to make them its own, and to answer for SharedNet6.
 type World struct {
 	Client, Host, ISP1, ISP2, Origin *NS
 }
@@ -41,6 +44,17 @@ const (
 	uplink2Net6  = "2001:db8:200::/64"
 	perUplink    = 4
 	firstAddress = 11
+)
+
+// Prefixes whose every address the origin answers by way of isp1. Of a routed one
+// isp1 has a route by the host's primary address; of a shared one it takes every
+// address to be a neighbour on the host's link, and asks for it by ARP or neighbour
+// discovery.
+const (
+	RoutedNet4 = "192.0.2.128/25"
+	RoutedNet6 = "2001:db8:100:beef::/64"
+	SharedNet4 = "198.51.100.128/25" // the upper half of the link's own network
+	SharedNet6 = "2001:db8:100:cafe::/64"
 )
 
 // Egress4 are the host's eight IPv4 egress addresses: four of eth0's network
@@ -157,8 +171,13 @@ func (w *World) build(withEgress bool) error {
 		{w.ISP1, OriginAddr6 + "/128", "2001:db8:1::2"},
 		{w.ISP2, OriginAddr4 + "/32", "192.0.2.6"},
 		{w.ISP2, OriginAddr6 + "/128", "2001:db8:2::2"},
+		{w.ISP1, RoutedNet4, Primary1Of4},
+		{w.ISP1, RoutedNet6, Primary1Of6},
 		{w.Origin, uplink1Net4, "192.0.2.1"},
 		{w.Origin, uplink1Net6, "2001:db8:1::1"},
+		{w.Origin, RoutedNet4, "192.0.2.1"},
+		{w.Origin, RoutedNet6, "2001:db8:1::1"},
+		{w.Origin, SharedNet6, "2001:db8:1::1"},
 		{w.Origin, uplink2Net4, "192.0.2.5"},
 		{w.Origin, uplink2Net6, "2001:db8:2::1"},
 	} {
@@ -166,7 +185,7 @@ func (w *World) build(withEgress bool) error {
 			return err
 		}
 	}
-	return nil
+	return w.ISP1.AddNeighbours(netip.MustParsePrefix(SharedNet6), "host0")
 }
 
 func (w *World) addEgress() error {

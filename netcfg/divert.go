@@ -1,0 +1,129 @@
+package netcfg
+
+import (
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// What comes in by some interfaces and is to be forwarded can be delivered to the
+// host itself instead: rules lead it to a table whose only route is a local one for
+// everything. Which socket gets it is decided elsewhere. A packet for an address of the
+// host never comes to these rules, because table local is asked first. The kernel
+// looks at the ports of every packet for such rules, but of fragments it knows the
+// protocol alone (measured on Linux 6.18): a rule with ports lets all of them by.
+
+// Divert is an interface, and what of its traffic the host keeps for itself.
+type Divert struct {
+	Interface string // need not exist yet
+	Ports     []DivertPorts
+	Rest      Rest
+}
+
+// Rest is what becomes of the traffic of an interface that no DivertPorts name.
+type Rest uint8
+
+// The kinds of Rest.
+const (
+	RestForward Rest = iota // as before
+	RestDrop                // what is not for the host itself goes nowhere
+)
+
+// DivertPorts are destination ports, both ends included; 0 and 65535 are whatever
+// has the protocol.
+type DivertPorts struct {
+	Protocol    uint8 // unix.IPPROTO_TCP or IPPROTO_UDP
+	First, Last uint16
+}
+
+// Offsets of the rule priorities in a Layout, behind those of `from PREFIX`.
+const (
+	priorityDivert = 130
+	priorityRest   = 131
+)
+
+// divertTable is the table that delivers everything to the host, and restTable the
+// one that delivers nothing.
+func (l Layout) divertTable() uint32 { return l.TableBase + Tables - 2 }
+func (l Layout) restTable() uint32   { return l.TableBase + Tables - 3 }
+
+func (w Want) validateDiverts() error {
+	names := make(map[string]bool)
+	for _, d := range w.Diverts {
+		switch {
+		case d.Interface == "" || len(d.Interface) >= unix.IFNAMSIZ:
+			return fmt.Errorf("divert: interface %q: want 1 to %d characters", d.Interface, unix.IFNAMSIZ-1)
+		case names[d.Interface]:
+			return fmt.Errorf("divert: interface %s is there twice", d.Interface)
+		}
+		names[d.Interface] = true
+		for i, p := range d.Ports {
+			switch {
+			case p.Protocol != unix.IPPROTO_TCP && p.Protocol != unix.IPPROTO_UDP:
+				return fmt.Errorf("divert: interface %s: protocol %d is neither TCP nor UDP", d.Interface, p.Protocol)
+			case p.First > p.Last, p.First == 0 && p.Last != 65535:
+				return fmt.Errorf("divert: interface %s: ports %d to %d", d.Interface, p.First, p.Last)
+			case slices.Contains(d.Ports[:i], p):
+				return fmt.Errorf("divert: interface %s: ports %d to %d are there twice", d.Interface, p.First, p.Last)
+			}
+		}
+	}
+	if m := w.Answers; len(w.Diverts) > 0 && (m.Value == 0 || m.Value&^m.Mask != 0 || m.Mask&^w.Layout.MarkMask != 0) {
+		return fmt.Errorf("divert: mark 0x%x/0x%x: want a value that is not 0, within its mask and within mark_mask 0x%x", m.Value, m.Mask, w.Layout.MarkMask)
+	}
+	return nil
+}
+
+// divert spells out the rules and routes of the Diverts. Interfaces are named and not
+// looked for: a rule for one that is yet to come leaves no moment without it.
+func (w Want) divert(have *Snapshot, f Family, out *wish) {
+	if len(w.Diverts) == 0 {
+		return
+	}
+	scope := uint8(unix.RT_SCOPE_HOST)
+	if f == IPv6 {
+		scope = unix.RT_SCOPE_UNIVERSE
+	}
+	out.routes = append(out.routes, lastResort(f, w.Layout.divertTable()), Route{
+		Family: f, Table: w.Layout.divertTable(), Type: RouteLocal, Scope: scope, Protocol: Protocol,
+		Dst: f.defaultPrefix(), LinkIndex: have.loopback().Index, Metric: metricRoute,
+	})
+	if slices.ContainsFunc(w.Diverts, func(d Divert) bool { return d.Rest == RestDrop }) {
+		out.routes = append(out.routes, lastResort(f, w.Layout.restTable()))
+	}
+	// Answers have the addresses of other hosts, which may lie in a prefix that an
+	// uplink's `from` rule sends away.
+	out.rules = append(out.rules, Rule{
+		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
+		Action: actionLookup, Protocol: Protocol,
+	})
+	for _, d := range w.Diverts {
+		for _, p := range d.Ports {
+			r := Rule{
+				Family: f, Priority: w.Layout.RulePriority + priorityDivert, Table: w.Layout.divertTable(), IIF: d.Interface,
+				IPProto: p.Protocol, Action: actionLookup, Protocol: Protocol,
+			}
+			if p.First != 0 {
+				r.DPort = PortRange{p.First, p.Last}
+			}
+			out.rules = append(out.rules, r)
+		}
+		if d.Rest == RestDrop {
+			out.rules = append(out.rules, Rule{
+				Family: f, Priority: w.Layout.RulePriority + priorityRest, Table: w.Layout.restTable(), IIF: d.Interface,
+				Action: actionLookup, Protocol: Protocol,
+			})
+		}
+	}
+}
+
+// loopback is the interface lo; the zero Link when it is not there.
+func (s *Snapshot) loopback() Link {
+	for _, l := range s.Links {
+		if l.Loopback {
+			return l
+		}
+	}
+	return Link{}
+}
