@@ -1,7 +1,8 @@
 // Package bpf counts the traffic of egress paths in the kernel and stops what
 // would leave by the wrong one. Its eBPF programs (kernel.c) are attached to a
 // leaf cgroup that holds the daemon alone; counters are read from mapped
-// memory, without system calls.
+// memory, without system calls. Others (pin.c) have the processes of a cgroup
+// leave by one path.
 //
 // # Order of calls
 //
@@ -71,6 +72,24 @@
 // the loopback interface leaves by no interface; its source is checked all the
 // same.
 //
+// # Pinned processes
+//
+// Programs.Pin holds the processes of another cgroup to a path (pin.c). Its
+// programs have the path as constants and share the tables: sockets get the
+// path's mark when they are made, the path's address when they connect or send,
+// and every packet is judged by the path's guard and counted under its number,
+// whatever the socket's own mark; so it is with sockets that are older than the
+// pin. What goes to the host itself by the loopback interface is neither bound
+// nor judged nor counted. A Pin lives in a directory of its own in the bpf file
+// system, apart from PinDir, and outlives Programs and process; FindPins lists
+// what is there, and Pin takes over what it finds in its directory.
+//
+//	progs.Pin(cgroup, dir, about, Exit{Num: num, Mark: mark, V4: addr})
+//	pin.Point(exit)                    // another path, or none
+//	pin.Remove()                       // or Leave, and it goes on
+//
+// LoadTables is for who pins without being a daemon.
+//
 // # What is neither counted nor guarded
 //
 // Programs on a cgroup see packets of full sockets of that cgroup. They do not
@@ -90,9 +109,16 @@
 // numbers are carried over, so that what is being closed ends as it should and
 // the new daemon knows when a number is free.
 //
+// # Whole prefixes
+//
+// A guard's prefix lets each of its addresses pass. For those of an IPv6 prefix on a
+// shared link somebody has to answer neighbour solicitations, which the kernel does
+// for the addresses of its interfaces alone: a Responder (responder.c), that
+// has nothing to do with cgroup, mark and pins.
+//
 // # Requirements
 //
 // Linux 5.15, cgroup v2, CAP_BPF and CAP_NET_ADMIN (CAP_SYS_ADMIN to mount the
-// bpf file system). The objects are for little-endian CPUs and are rebuilt,
-// byte for byte, by go generate with clang 14.
+// bpf file system); for a Responder Linux 6.6 and CAP_NET_RAW. The objects are for
+// little-endian CPUs and are rebuilt, byte for byte, by go generate with clang 14.
 package bpf

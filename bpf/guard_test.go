@@ -109,6 +109,124 @@ func TestWrongDialIsRefusedAtOnce(t *testing.T) {
 	t.Error("the capture has not seen what may pass")
 }
 
+// TestPrefixGuard: a path that is a whole prefix may send from each of its addresses
+// and from no other, nor before it has bound one, in the hooks before routing and in
+// the packet's.
+func TestPrefixGuard(t *testing.T) {
+	const net4, net6 = "203.0.113.128/25", "2001:db8:beef::/64"
+	w := newWire(t)
+	// The host has more, so that nothing but the guard stops it.
+	const all4, all6 = "203.0.112.0/22", "2001:db8:beee::/47"
+	must(t, errors.Join(
+		w.host.AddLocal(pfx(all4)), w.far.AddRoute(pfx(all4), netip.MustParseAddr("198.51.100.2")),
+		w.host.AddLocal(pfx(all6)), w.far.AddRoute(pfx(all6), netip.MustParseAddr("2001:db8:100::2")),
+	))
+	p := w.load(t, Options{Paths: 2})
+	must(t, p.SetPath(2, Guard{V4: pfx(net4), V6: pfx(net6), IfIndex: w.eth[0]}))
+	m := mark(t, w.layout, ClassPath, 1, 2)
+	right := map[string][]string{
+		"4": {"203.0.113.128", "203.0.113.129", "203.0.113.200", "203.0.113.255"},
+		"6": {"2001:db8:beef::", "2001:db8:beef::1", "2001:db8:beef:0:123:4567:89ab:cdef", "2001:db8:beef:0:ffff:ffff:ffff:ffff"},
+	}
+	wrong := map[string][]string{
+		"4": {"203.0.113.127", "203.0.114.128", right4, ""},
+		"6": {"2001:db8:beee:ffff:ffff:ffff:ffff:ffff", "2001:db8:beef:1::", right6, ""},
+	}
+	// send writes from an unconnected socket that is bound to any address, or to the
+	// source, with the source named by the message (IP_PKTINFO) when it is bound to any.
+	send := func(family, src string, named bool) error {
+		a := ask{network: "udp" + family, src: src, mark: m}
+		if named {
+			a.src = ""
+		}
+		s, err := w.packet(a)
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		var control []byte
+		if named && family == "4" {
+			control = unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: netip.MustParseAddr(src).As4()})
+		} else if named {
+			control = unix.PktInfo6(&unix.Inet6Pktinfo{Addr: netip.MustParseAddr(src).As16()})
+		}
+		_, _, err = s.(*net.UDPConn).WriteMsgUDPAddrPort([]byte("x"), control, netip.MustParseAddrPort(a.far()))
+		return err
+	}
+	for _, family := range []string{"4", "6"} {
+		for _, src := range right[family] {
+			for _, network := range []string{"tcp", "udp"} {
+				c, err := w.dial(ask{network: network + family, src: src, mark: m}, time.Minute)
+				if err != nil {
+					t.Errorf("%s from %s: %v", network, src, err)
+					continue
+				}
+				if network == "udp" {
+					if _, err := c.Write([]byte("x")); err != nil {
+						t.Errorf("write from %s: %v", src, err)
+					}
+				}
+				must(t, c.Close())
+			}
+			for _, named := range []bool{false, true} {
+				if err := send(family, src, named); err != nil {
+					t.Errorf("a datagram from %s (named: %v): %v", src, named, err)
+				}
+			}
+		}
+		if c := p.Read(2); c.GuardDrops() != 0 || c.PacketsOut == 0 {
+			t.Errorf("IPv%s: counted %+v", family, c)
+		}
+	}
+	asked := p.Read(2).Refused
+	for _, family := range []string{"4", "6"} {
+		for _, src := range wrong[family] {
+			for _, network := range []string{"tcp", "udp"} {
+				c, err := w.dial(ask{network: network + family, src: src, mark: m}, time.Minute)
+				if !errors.Is(err, unix.EPERM) {
+					t.Errorf("%s from %q: %v", network, src, err)
+				}
+				if err == nil {
+					c.Close()
+				}
+				asked++
+			}
+			for _, named := range []bool{false, true}[:1+min(1, len(src))] {
+				if err := send(family, src, named); !errors.Is(err, unix.EPERM) {
+					t.Errorf("a datagram from %q (named: %v): %v", src, named, err)
+				}
+				asked++
+			}
+		}
+	}
+	if got := p.Read(2).Refused; got != asked {
+		t.Errorf("%d refused, want %d", got, asked)
+	}
+
+	// The packet's own hook, without those before it.
+	for _, name := range []string{"connect4", "connect6", "sendmsg4", "sendmsg6"} {
+		must(t, p.links[name].Close())
+	}
+	drops := p.Read(2).DropSource
+	for family, list := range wrong {
+		for _, src := range list[:3] {
+			if err := send(family, src, false); !errors.Is(err, unix.EPERM) {
+				t.Errorf("a datagram's packet from %q: %v", src, err)
+			}
+			drops++
+		}
+		for _, src := range right[family] {
+			if err := send(family, src, false); err != nil {
+				t.Errorf("a datagram's packet from %s: %v", src, err)
+			}
+		}
+	}
+	if got := p.Read(2).DropSource; got != drops {
+		t.Errorf("%d packets dropped, want %d", got, drops)
+	}
+	w.nothingFrom(t, "203.0.113.127", "203.0.114.128", "2001:db8:beee:ffff:ffff:ffff:ffff:ffff", "2001:db8:beef:1::")
+}
+
 // TestEgressDrops shows the guard on packets, without the hooks that refuse
 // before it, and for what changes after a connection stands.
 func TestEgressDrops(t *testing.T) {

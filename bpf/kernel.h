@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What kernel.c needs of the kernel's user-space interface, and no more.
+ * What the programs here need of the kernel's user-space interface, and no more.
  *
  * It stands in for the system's headers so that the object, whose BTF holds
  * these structs, is the same byte for byte whatever headers a machine has. The
@@ -34,6 +34,9 @@ typedef _Bool bool;
 
 enum {
 	BPF_MAP_TYPE_ARRAY = 2,
+	BPF_MAP_TYPE_LPM_TRIE = 11,
+	BPF_MAP_TYPE_SOCKMAP = 15,
+	BPF_F_NO_PREALLOC = 1 << 0,
 	BPF_F_MMAPABLE = 1 << 10,
 };
 
@@ -43,8 +46,38 @@ enum {
 	IPPROTO_HOPOPTS = 0,
 	IPPROTO_TCP = 6,
 	IPPROTO_UDP = 17,
+	IPPROTO_ROUTING = 43,
+	IPPROTO_FRAGMENT = 44,
+	IPPROTO_DSTOPTS = 60,
+	IPPROTO_ICMPV6 = 58,
 	IPV6_TLV_JUMBO = 0xc2,
 	LOOPBACK_IFINDEX = 1,
+	PACKET_OTHERHOST = 3,
+};
+
+/* Verdicts of a lookup for a socket. */
+enum {
+	SK_DROP = 0,
+	SK_PASS = 1,
+};
+
+/* Verdicts of a tcx program, and a flag of bpf_skb_store_bytes. */
+enum {
+	TCX_NEXT = -1,
+	TCX_DROP = 2,
+	BPF_F_RECOMPUTE_CSUM = 1 << 0,
+};
+
+/* Where bpf_skb_load_bytes_relative counts from. */
+enum { BPF_HDR_START_NET = 1 };
+
+enum {
+	AF_INET = 2,
+	AF_INET6 = 10,
+	SOL_SOCKET = 1,
+	SO_BINDTODEVICE = 25,
+	SO_MARK = 36,
+	EADDRNOTAVAIL = 99,
 };
 
 enum {
@@ -146,6 +179,21 @@ struct bpf_sock_ops {
 	struct bpf_sock *sk;
 };
 
+struct bpf_sk_lookup {
+	__u64 cookie;
+	__u32 family;
+	__u32 protocol;
+	__u32 remote_ip4;
+	__u32 remote_ip6[4];
+	__u16 remote_port;
+	__u16 reserved;
+	__u32 local_ip4;
+	__u32 local_ip6[4];
+	__u32 local_port;
+	__u32 ingress_ifindex;
+};
+
+_Static_assert(offsetof(struct bpf_sk_lookup, local_port) == 60, "bpf_sk_lookup");
 _Static_assert(offsetof(struct bpf_sock, src_ip6) == 28, "bpf_sock");
 _Static_assert(offsetof(struct __sk_buff, ifindex) == 40, "__sk_buff");
 _Static_assert(offsetof(struct __sk_buff, data) == 76, "__sk_buff");
@@ -158,9 +206,38 @@ _Static_assert(offsetof(struct bpf_sock_ops, sk) == 184, "bpf_sock_ops");
 
 /* Helpers, by their number in the kernel. */
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
+static long (*bpf_skb_store_bytes)(struct __sk_buff *skb, __u32 offset, const void *from, __u32 len,
+				   __u64 flags) = (void *)9;
+static long (*bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
+static long (*bpf_skb_change_tail)(struct __sk_buff *skb, __u32 len, __u64 flags) = (void *)38;
+static long (*bpf_skb_load_bytes_relative)(const void *skb, __u32 offset, void *to, __u32 len,
+					   __u32 start) = (void *)68;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ops, int flags) = (void *)59;
+static long (*bpf_sk_release)(struct bpf_sock *sk) = (void *)86;
 static struct bpf_sock *(*bpf_sk_fullsock)(struct bpf_sock *sk) = (void *)95;
+static long (*bpf_sk_assign)(struct bpf_sk_lookup *ctx, struct bpf_sock *sk,
+			     __u64 flags) = (void *)124;
+
+static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;
+static long (*bpf_bind)(struct bpf_sock_addr *ctx, void *addr, int len) = (void *)64;
+static long (*bpf_set_retval)(int retval) = (void *)187;
+
+/* Addresses of sockets. */
+struct sockaddr_in {
+	__u16 family;
+	__u16 port;
+	__u32 addr;
+	__u8 zero[8];
+};
+
+struct sockaddr_in6 {
+	__u16 family;
+	__u16 port;
+	__u32 flow;
+	__u32 addr[4];
+	__u32 scope;
+};
 
 /* Headers as they lie in a packet. */
 struct ipv4 {

@@ -399,7 +399,11 @@ func TestLeastRights(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		return k.Close()
+		pin, err := loadExit(k, Exit{Num: 1, V4: pfx("192.0.2.1/32").Addr(), V6: pfx("2001:db8::1/128").Addr(), Device: "eth0"}, nil)
+		if err != nil {
+			return errors.Join(err, k.Close())
+		}
+		return errors.Join(pin.Close(), k.Close())
 	}
 	if err := withRights(load, unix.CAP_BPF, unix.CAP_NET_ADMIN); err != nil {
 		t.Errorf("%+v", err)

@@ -100,6 +100,14 @@ func (l Layout) Mark(c Class, uplink, path uint32) (uint32, error) {
 	return deposit(uint32(c), l.ClassMask) | deposit(uplink, l.UplinkMask) | deposit(path, l.PathMask), nil
 }
 
+// Answers is the mark of sockets that answer diverted clients, and what a routing
+// rule (fwmark VALUE/MASK) has to match for them and nothing else. They are of
+// the client's side, with the highest uplink number, which no other socket of that
+// class has.
+func (l Layout) Answers() (mark, mask uint32) {
+	return deposit(uint32(ClassClient), l.ClassMask) | l.UplinkMask, l.ClassMask | l.UplinkMask
+}
+
 // Split reads a mark. Bits outside the mask do not matter.
 func (l Layout) Split(mark uint32) (c Class, uplink, path uint32) {
 	return Class(extract(mark, l.ClassMask)), extract(mark, l.UplinkMask), extract(mark, l.PathMask)

@@ -28,7 +28,11 @@ func (p *Programs) pin(name string, o pinner) error {
 	if p.o.PinDir == "" {
 		return nil
 	}
-	at := filepath.Join(p.o.PinDir, name)
+	return pinAt(p.o.PinDir, name, o)
+}
+
+func pinAt(dir, name string, o pinner) error {
+	at := filepath.Join(dir, name)
 	tmp := at + "-new"
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("pin %s: %w", name, err)

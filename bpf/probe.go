@@ -27,13 +27,14 @@ const (
 	NeedAll   = "accounting and guard"
 	NeedStart = "a guard that holds while the daemon restarts"
 	NeedSpeed = "counting at the price that the documentation names"
+	NeedPin   = "wayout exec and pin"
 )
 
 // errNoRights stands for probes that cannot be made.
 var errNoRights = errors.New("cannot be tried without the right to use bpf()")
 
-// Probe tries what Load needs and changes nothing. The last of the features is
-// the whole: the programs themselves, given to the kernel's verifier.
+// Probe tries what Load and Pin need and changes nothing: among it the whole, the
+// programs themselves, given to the kernel's verifier.
 func Probe() []Feature {
 	all := []Feature{
 		probeCgroup2(),
@@ -125,6 +126,12 @@ func probeFeatures(trial func(*tables) error) []Feature {
 			return probeLink(t.Egress)
 		}},
 		{"wayout's programs", "5.15", NeedAll, func() error { return loaded }},
+		{"wayout's programs that pin processes", "5.15", NeedPin, func() error {
+			if loaded != nil {
+				return errors.New("cannot be tried without the others")
+			}
+			return probePin(&t)
+		}},
 	} {
 		err, remedy := loaded, "get the right to use bpf() first"
 		if !errors.Is(loaded, errNoRights) {
@@ -133,6 +140,15 @@ func probeFeatures(trial func(*tables) error) []Feature {
 		all = append(all, feature(Feature{Name: f.name, Since: f.since, Need: f.need, Remedy: remedy}, err))
 	}
 	return all
+}
+
+// probePin loads a pin's programs without attaching them.
+func probePin(t *tables) error {
+	o, err := loadExit(t, Exit{}, nil)
+	if err != nil {
+		return err
+	}
+	return o.Close()
 }
 
 // probeLink asks for a link to what is no cgroup: a kernel that knows such

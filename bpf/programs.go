@@ -45,6 +45,7 @@ type Programs struct {
 	late      map[uint32]Counters // counted by replaced programs while they were replaced
 	inherited []uint32
 	foreign   map[uint32]bool // inherited numbers that no path of this run has had
+	pins      map[*Pin]bool
 	closed    bool
 }
 
@@ -72,7 +73,7 @@ func Load(o Options) (*Programs, error) {
 	for _, num := range inherited {
 		last = max(last, num)
 	}
-	p := &Programs{o: o, inherited: inherited, foreign: map[uint32]bool{}, late: map[uint32]Counters{}, links: map[string]link.Link{}}
+	p := &Programs{o: o, inherited: inherited, foreign: map[uint32]bool{}, late: map[uint32]Counters{}, links: map[string]link.Link{}, pins: map[*Pin]bool{}}
 	for _, num := range inherited {
 		p.foreign[num] = true
 	}
@@ -307,22 +308,33 @@ func (p *Programs) grow(last uint32) error {
 		all[i] = uint32(i)
 	}
 	carried := carry(old, t, all)
-	for _, h := range t.hooks() {
-		if err := p.links[h.name].Update(h.prog); err != nil {
-			// Programs of both are attached; each drops by its own table, so
-			// put the old ones back.
-			return errors.Join(fmt.Errorf("replace program %s: %w", h.name, plain(err)), p.restore(old), t.Close())
-		}
+	if err := p.use(t); err != nil {
+		// Programs of both are attached; each drops by its own table, so put
+		// the old ones back.
+		return errors.Join(err, p.use(old), t.Close())
 	}
 	p.t = t
 	p.addLate(old, all, carried)
 	return errors.Join(p.pinTables(), old.Close())
 }
 
-func (p *Programs) restore(t *tables) error {
+// use has every attached program replaced by that of tables. It goes on after an
+// error.
+func (p *Programs) use(t *tables) error {
 	var errs []error
 	for _, h := range t.hooks() {
-		errs = append(errs, p.links[h.name].Update(h.prog))
+		l := p.links[h.name]
+		if l == nil { // LoadTables
+			continue
+		}
+		if err := l.Update(h.prog); err != nil {
+			errs = append(errs, fmt.Errorf("replace program %s: %w", h.name, plain(err)))
+		}
+	}
+	for pin := range p.pins {
+		if err := pin.reload(t); err != nil {
+			errs = append(errs, fmt.Errorf("programs of a pin: %w", err))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -397,9 +409,14 @@ func (p *Programs) Leave() error {
 	return p.let()
 }
 
+// let leaves the pins of cgroups attached, as the last of their Leave.
 func (p *Programs) let() error {
 	p.closed = true
-	return errors.Join(p.closeLinks(), p.t.Close())
+	errs := []error{p.closeLinks()}
+	for pin := range p.pins {
+		errs = append(errs, pin.close())
+	}
+	return errors.Join(append(errs, p.t.Close())...)
 }
 
 func (p *Programs) closeLinks() error {

@@ -78,7 +78,7 @@ func child(spec string) error {
 }
 
 // bpffs mounts a bpf file system of the test's own.
-func bpffs(t *testing.T) string {
+func bpffs(t testing.TB) string {
 	t.Helper()
 	lab.Require(t)
 	dir := t.TempDir()

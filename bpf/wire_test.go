@@ -209,6 +209,8 @@ func (a ask) control(_, _ string, c syscall.RawConn) error {
 	var err error
 	return errors.Join(c.Control(func(fd uintptr) {
 		err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(a.mark))
+		// So that addresses of local routes can be bound, and those of nobody.
+		err = errors.Join(err, unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1))
 		if a.device != "" {
 			err = errors.Join(err, unix.BindToDevice(int(fd), a.device))
 		}

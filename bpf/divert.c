@@ -1,0 +1,231 @@
+/* clang-format off */
+//go:build ignore
+/* clang-format on */
+
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Hands connections and datagrams for addresses that are not the host's to
+ * sockets of the daemon.
+ *
+ * A rule and a local route (netcfg) have the kernel deliver here what comes in
+ * by an interface for a diverted port; this says to which socket. A packet for
+ * an address of the host itself comes by the same way as before, and is left
+ * alone. Other entries are for whole prefixes of the host's own.
+ *
+ * Where the socket is gone the lookup ends without one: nobody else's wildcard
+ * listener takes what was meant for the daemon.
+ */
+#include "kernel.h"
+
+enum {
+	MAX_ENTRIES = 128,
+	MAX_HEADERS = 8, /* of IPv6, before and with the fragment header */
+	ANY_PORT = 0xffff,
+	/* Of an IPv4 header: more fragments, and the offset. */
+	FRAGMENT4 = 0x3fff,
+};
+
+/* Places of a server's sockets, from its first one on. */
+enum { SOCKET_UDP = 2, SOCKET_V6 = 1 };
+
+/*
+ * What is taken: by an interface for any address but the host's, or, without an
+ * interface, for the addresses of a prefix. Addresses are in network order,
+ * IPv4 ones mapped to IPv6.
+ */
+struct entry {
+	__u32 ifindex;
+	__u32 socket;
+	__u32 addr[4];
+	__u32 mask[4];
+	__u16 first; /* ports, both included */
+	__u16 last;
+	__u8 protocol;
+	__u8 others; /* not for the host's own addresses */
+	__u8 reserved[2];
+};
+
+_Static_assert(sizeof(struct entry) == 48, "entry");
+
+volatile const struct entry entries[MAX_ENTRIES] = {};
+volatile const __u32 count = 0;
+
+/* The longest match decides whether an address is the host's own. */
+struct net {
+	__u32 bits;
+	__u32 addr[4];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1048576);
+	__type(key, struct net);
+	__type(value, __u32);
+} own SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+static __always_inline bool is_own(const struct net *key)
+{
+	__u32 *yes = bpf_map_lookup_elem(&own, key);
+
+	return yes && *yes;
+}
+
+static __always_inline void mapped4(struct net *to, __u32 addr)
+{
+	to->bits = 128;
+	to->addr[0] = to->addr[1] = 0;
+	to->addr[2] = bpf_htonl(0xffff);
+	to->addr[3] = addr;
+}
+
+static __always_inline bool within(const struct net *to, const volatile struct entry *e)
+{
+	return !(
+	    ((to->addr[0] & e->mask[0]) ^ e->addr[0]) | ((to->addr[1] & e->mask[1]) ^ e->addr[1]) |
+	    ((to->addr[2] & e->mask[2]) ^ e->addr[2]) | ((to->addr[3] & e->mask[3]) ^ e->addr[3]));
+}
+
+/* Once for each connection, and for each datagram of no connected socket. */
+SEC("sk_lookup")
+int divert(struct bpf_sk_lookup *ctx)
+{
+	__u32 proto = ctx->protocol, port = ctx->local_port, from = ctx->ingress_ifindex;
+	const volatile struct entry *e = NULL;
+	struct bpf_sock *sk;
+	struct net to = {};
+	__u32 four, at;
+	long err;
+
+	/* One load each, or the compiler selects between the two places. */
+	four = *(volatile const __u32 *)&ctx->local_ip4;
+	to.bits = 128;
+	for (int i = 0; i < 4; i++)
+		to.addr[i] = *(volatile const __u32 *)&ctx->local_ip6[i];
+	if (ctx->family == AF_INET)
+		mapped4(&to, four);
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		const volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			return SK_PASS;
+		if (x->protocol != proto || port < x->first || port > x->last)
+			continue;
+		if (x->ifindex ? x->ifindex == from : within(&to, x)) {
+			e = x;
+			break;
+		}
+	}
+	if (!e || (e->others && is_own(&to)))
+		return SK_PASS;
+	at = e->socket + (proto == IPPROTO_UDP ? SOCKET_UDP : 0) +
+	     (ctx->family == AF_INET ? 0 : SOCKET_V6);
+	sk = bpf_map_lookup_elem(&sockets, &at);
+	if (!sk)
+		return SK_DROP;
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	return err ? SK_DROP : SK_PASS;
+}
+
+enum { NO_FRAGMENT = 0, FRAGMENT_OF = 256, UNREADABLE = 512 };
+
+/* FRAGMENT_OF and a protocol, of a packet that is a fragment. */
+static __always_inline __u32 fragment4(struct __sk_buff *skb, struct net *to)
+{
+	struct ipv4 ip = {};
+
+	if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
+		return NO_FRAGMENT;
+	if (!(ip.frag & bpf_htons(FRAGMENT4)))
+		return NO_FRAGMENT;
+	mapped4(to, ip.daddr);
+	return FRAGMENT_OF | ip.protocol;
+}
+
+static __always_inline __u32 fragment6(struct __sk_buff *skb, struct net *to)
+{
+	struct ipv6 ip = {};
+	__u32 at = sizeof(ip);
+	__u8 next;
+
+	if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
+		return NO_FRAGMENT;
+	to->bits = 128;
+	for (int i = 0; i < 4; i++)
+		to->addr[i] = ip.daddr[i];
+	next = ip.nexthdr;
+	for (int i = 0; i < MAX_HEADERS; i++) {
+		__u8 head[2] = {};
+
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
+		    next != IPPROTO_FRAGMENT && next != IPPROTO_DSTOPTS)
+			return NO_FRAGMENT;
+		if (bpf_skb_load_bytes_relative(skb, at, head, sizeof(head), BPF_HDR_START_NET))
+			return UNREADABLE;
+		if (next == IPPROTO_FRAGMENT)
+			return FRAGMENT_OF | head[0];
+		next = head[0];
+		at += (head[1] + 1) * 8;
+	}
+	return UNREADABLE;
+}
+
+/*
+ * A fragment has no ports that a rule could go by, so that the rule for a port
+ * lets it through: it is dropped, unless it is for the host itself. One of
+ * IPv6 may have more headers before its transport header, which hide that as
+ * well.
+ */
+SEC("tcx/ingress")
+int fragments(struct __sk_buff *skb)
+{
+	bool ours = 0, any = 0;
+	struct net to = {};
+	__u32 found, first;
+	__u8 proto;
+
+	if (skb->vlan[0])
+		return TCX_NEXT;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		found = fragment4(skb, &to);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		found = fragment6(skb, &to);
+	else
+		return TCX_NEXT;
+	if (likely(found == NO_FRAGMENT))
+		return TCX_NEXT;
+	proto = found & 0xff;
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		const volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (x->ifindex != skb->ifindex)
+			continue;
+		any = 1;
+		/* A rule without ports takes fragments too, to be put together. */
+		if (x->protocol == proto && (x->first || x->last != ANY_PORT))
+			ours = 1;
+	}
+	if (found == UNREADABLE || proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING ||
+	    proto == IPPROTO_FRAGMENT || proto == IPPROTO_DSTOPTS)
+		ours = any && skb->protocol == bpf_htons(ETH_P_IPV6);
+	if (!ours)
+		return TCX_NEXT;
+	/* To a group or to all: nothing that is forwarded to one host. */
+	first = bpf_htonl(skb->protocol == bpf_htons(ETH_P_IP) ? to.addr[3] : to.addr[0]) >> 24;
+	if (first == 0xff || (skb->protocol == bpf_htons(ETH_P_IP) && first >= 0xe0))
+		return TCX_NEXT;
+	return is_own(&to) ? TCX_NEXT : TCX_DROP;
+}
+
+/* No helper here is reserved to programs under the GPL. */
+char license_of_programs[] SEC("license") = "Apache-2.0";
