@@ -2,7 +2,10 @@
 
 package auth
 
-import "testing"
+import (
+	"net/netip"
+	"testing"
+)
 
 // Under the race detector a sync.Pool forgets on purpose, so that this is for other builds.
 func TestCachedVerifyDoesNotAllocate(t *testing.T) {
@@ -29,5 +32,30 @@ func TestParseBasicAllocatesTheTextAlone(t *testing.T) {
 	})
 	if n > 1 {
 		t.Fatalf("%v allocations, want one for name and password", n)
+	}
+}
+
+func TestNetworksAndMetersDoNotAllocate(t *testing.T) {
+	g, err := NewGroup("team", []Credential{
+		{User: User{Name: "cam", From: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("2001:db8::/32")}}},
+	}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := NewMeter(Limits{Connections: 10, Rate: 1e9, Burst: 1e9}, nil)
+	v4, v6 := netip.MustParseAddr("::ffff:10.1.2.3"), netip.MustParseAddr("2001:db8::1")
+	n := testing.AllocsPerRun(1000, func() {
+		for _, a := range [...]netip.Addr{v4, v6} {
+			if u := g.From(a); u == nil || !Allows(u, a) {
+				t.Fatal(a)
+			}
+		}
+		if err := m.Begin(); err != nil {
+			t.Fatal(err)
+		}
+		m.End()
+	})
+	if n != 0 {
+		t.Fatalf("%v allocations", n)
 	}
 }

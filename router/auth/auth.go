@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -38,9 +39,12 @@ type User struct {
 	Name      string
 	Selection selection.Layer  // the operator's egress_path
 	Allow     *selection.Globs // the paths that the user may choose; nil: any
+	From      []netip.Prefix   // the networks that the client has to be in, see Allows; empty: any
+	Meter     *Meter           // what the user's limits count; nil: none
 }
 
-// A Credential is a user with the hash of the password, argon2id or bcrypt.
+// A Credential is a user with the hash of the password, argon2id or bcrypt. With an empty Hash, which a user with From may
+// have, no password is right and the address alone says who it is: see Group.From.
 type Credential struct {
 	User
 	Hash string
@@ -59,11 +63,12 @@ type Options struct {
 
 // A Group is a set of users that a server authenticates. Its methods may be called from many goroutines.
 type Group struct {
-	name    string
-	users   map[string]*member
-	members []*member
-	gate    *Gate
-	cache   *cache
+	name     string
+	users    map[string]*member
+	secrets  []*secret // of all users that have one
+	networks networks  // of those that have none
+	gate     *Gate
+	cache    *cache
 
 	mu     sync.Mutex
 	flying map[tag]*flight
@@ -71,7 +76,7 @@ type Group struct {
 
 type member struct {
 	user   User
-	secret *secret
+	secret *secret // nil: the user is known by the address
 }
 
 // A flight is one verification that is under way; clients that bring the same credential meanwhile wait for its end.
@@ -96,7 +101,7 @@ func NewGroup(name string, users []Credential, o Options) (*Group, error) {
 	g := &Group{
 		name:    name,
 		users:   make(map[string]*member, len(users)),
-		members: make([]*member, 0, len(users)),
+		secrets: make([]*secret, 0, len(users)),
 		gate:    o.Gate,
 		cache:   newCache(o.CacheTTL, o.CacheSize),
 		flying:  make(map[tag]*flight),
@@ -104,7 +109,11 @@ func NewGroup(name string, users []Credential, o Options) (*Group, error) {
 	var errs []error
 	for i := range users {
 		c := &users[i]
-		s, err := parseHash(c.Hash)
+		var s *secret
+		var err error
+		if byAddress := c.Hash == "" && len(c.From) > 0; !byAddress {
+			s, err = parseHash(c.Hash)
+		}
 		switch {
 		case c.Name == "" || len(c.Name) > maxName || strings.Contains(c.Name, ":") || hasControl(c.Name):
 			errs = append(errs, fmt.Errorf("user group %q: a user name is 1 to %d bytes without colon or control characters, got %q",
@@ -119,7 +128,13 @@ func NewGroup(name string, users []Credential, o Options) (*Group, error) {
 		}
 		m := &member{user: c.User, secret: s}
 		g.users[c.Name] = m
-		g.members = append(g.members, m)
+		if s != nil {
+			g.secrets = append(g.secrets, s)
+			continue
+		}
+		if err := g.networks.add(&m.user); err != nil {
+			errs = append(errs, fmt.Errorf("user group %q: %w", name, err))
+		}
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
@@ -131,7 +146,7 @@ func NewGroup(name string, users []Credential, o Options) (*Group, error) {
 func (g *Group) Name() string { return g.name }
 
 // Len returns the number of users.
-func (g *Group) Len() int { return len(g.members) }
+func (g *Group) Len() int { return len(g.users) }
 
 // User returns a user by name, unauthenticated: for a command that explains what the user would get.
 func (g *Group) User(name string) (*User, bool) {
@@ -223,7 +238,7 @@ func (g *Group) leave(t *tag, f *flight, ok, quit bool) {
 	close(f.done)
 }
 
-// compute checks the password inside the gate. For an unknown name (m nil) it does the work of some user of the group,
+// compute checks the password inside the gate. For an unknown name (m nil) and for a user without a password it does the work of some user of the group,
 // always the same one for the same name, and answers no: a group may mix cheap and dear hashes, and an unknown name must
 // look like one of them.
 func (g *Group) compute(ctx context.Context, m *member, name, password string) (bool, error) {
@@ -236,7 +251,7 @@ func (g *Group) compute(ctx context.Context, m *member, name, password string) (
 		return false, waited(ctx)
 	}
 	defer func() { <-g.gate.slots }()
-	if m != nil {
+	if m != nil && m.secret != nil {
 		return m.secret.matches(password), nil
 	}
 	g.stranger(name).matches(password)
@@ -245,14 +260,14 @@ func (g *Group) compute(ctx context.Context, m *member, name, password string) (
 
 // stranger returns the secret whose work an unknown name takes.
 func (g *Group) stranger(name string) *secret {
-	if len(g.members) == 0 {
+	if len(g.secrets) == 0 {
 		return &secret{
 			salt: make([]byte, saltLen), key: make([]byte, keyLen),
 			memory: defaultMemory, time: defaultTime, threads: defaultThreads,
 		}
 	}
 	t := g.cache.tag(name, "")
-	return g.members[binary.BigEndian.Uint64(t[sha256.Size-8:])%uint64(len(g.members))].secret
+	return g.secrets[binary.BigEndian.Uint64(t[sha256.Size-8:])%uint64(len(g.secrets))]
 }
 
 func waited(ctx context.Context) error {

@@ -217,7 +217,7 @@ func TestGateBounds(t *testing.T) {
 // An unknown name costs what a user of the group costs, and always the same user.
 func TestStranger(t *testing.T) {
 	g := testGroup(t, Options{})
-	if g.stranger("mallory") != g.members[0].secret {
+	if g.stranger("mallory") != g.secrets[0] {
 		t.Fatal("a stranger's work is not a member's")
 	}
 	many, err := NewGroup("many", []Credential{

@@ -44,6 +44,22 @@ func NewListener(l *net.TCPListener) (*Listener, error) {
 	return &Listener{addr: addr, at: unmap(addr.AddrPort()), fd: fd}, nil
 }
 
+// StandIn says that the kernel hands the listener connections to other addresses
+// than its own (IP_TRANSPARENT), so that each is asked for its own. It is called
+// before the listener accepts.
+func (l *Listener) StandIn() { l.at = netip.AddrPortFrom(netip.IPv6Unspecified(), 0) }
+
+// Control lends the socket's descriptor for a call.
+func (l *Listener) Control(f func(fd uintptr)) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.fd < 0 {
+		return net.ErrClosed
+	}
+	f(uintptr(l.fd))
+	return nil
+}
+
 // Addr returns the address it listens on, also when it is closed.
 func (l *Listener) Addr() net.Addr { return l.addr }
 

@@ -24,11 +24,12 @@ package relay
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"net"
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -125,6 +126,8 @@ type Spec struct {
 	// Idle ends the tunnel when no byte moved either way for this long; Total
 	// when it is this old; 0: never.
 	Idle, Total time.Duration
+	// Bandwidth bounds each direction, in bits a second; 0: no bound. See Pace.
+	Bandwidth uint64
 	// Done is called exactly once for each tunnel that Start returned, after
 	// both descriptors are closed. It runs on a goroutine that only makes such
 	// calls, one for each worker: it may block, and then delays the Done calls
@@ -228,7 +231,14 @@ func (e *Engine) Start(s Spec) (*Tunnel, error) {
 	}
 	t.dir[0].prefix(s.B, s.ToB)
 	t.dir[1].prefix(s.A, s.ToA)
-	if err := w.add(t); err != nil {
+	var err error
+	if s.Bandwidth > 0 {
+		err = errors.Join(Pace(s.A, s.Bandwidth), Pace(s.B, s.Bandwidth))
+	}
+	if err == nil {
+		err = w.add(t)
+	}
+	if err != nil {
 		reset(s.A)
 		if s.B != s.A {
 			reset(s.B) // a number given twice must not be closed twice
@@ -280,11 +290,17 @@ func (e *Engine) Close() error {
 	return nil
 }
 
+// Socket is a stream socket of package net's: a *net.TCPConn, for one.
+type Socket interface {
+	syscall.Conn
+	io.Closer
+}
+
 // Detach takes the descriptor out of c and out of Go's poller, and closes c.
 // The descriptor is non-blocking and belongs to the caller. c must not be in
 // use. It takes three system calls: fcntl (F_DUPFD_CLOEXEC), epoll_ctl and
 // close. When it fails c is closed.
-func Detach(c *net.TCPConn) (fd int, err error) {
+func Detach(c Socket) (fd int, err error) {
 	fd = -1
 	raw, err := c.SyscallConn()
 	if err != nil {
