@@ -8,7 +8,7 @@ FUZZTIME ?= 60s
 CLANG    ?= clang-14
 STRIP    ?= llvm-strip-14
 
-.PHONY: help build demo test lint fmt bench fuzz generate install clean
+.PHONY: help build demo test soak lint fmt bench fuzz generate install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,10 @@ demo: build ## a many-address host, a client and an origin in namespaces of thei
 	$(GO) run ./scripts/demo -wayout bin/wayout
 
 test: ## every test, under the race detector; live tests need root
-	$(GO) test -race -p 1 -timeout 15m ./... # one package at a time: live tests want the machine to themselves
+	$(GO) test -race -p 1 -timeout 20m ./... # one package at a time: live tests want the machine to themselves
+
+soak: ## the hunt for a wrong source address, WAYOUT_SOAK operations (needs root)
+	WAYOUT_TEST_LIVE=1 WAYOUT_SOAK=$(or $(WAYOUT_SOAK),100000) $(GO) test -run '^TestSoak$$' -count=1 -v -timeout 60m ./cmd/wayout
 
 lint: ## golangci-lint, go vet and clang-format
 	$(GO) vet ./...

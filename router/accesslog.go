@@ -28,7 +28,7 @@ func (a *accessLog) write(r *escaper.Record) {
 	if a.log == nil {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 18)
+	attrs := make([]slog.Attr, 0, 19)
 	attrs = append(attrs,
 		slog.Time("start", r.Start),
 		slog.String("server", r.Server),
@@ -40,6 +40,9 @@ func (a *accessLog) write(r *escaper.Record) {
 		slog.String("selection_source", r.Choice.Source.String()),
 		slog.String("path", r.Choice.Path),
 	)
+	if r.Name != "" {
+		attrs = append(attrs, slog.String("name", r.Name))
+	}
 	if r.Source.IsValid() {
 		attrs = append(attrs, slog.String("source_ip", r.Source.Addr().String()), slog.Int("source_port", int(r.Source.Port())))
 	}

@@ -6,18 +6,19 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"wayout/bpf"
+	"wayout/netcfg"
 	"wayout/router/auth"
 	"wayout/router/config"
 	"wayout/router/escaper"
 	"wayout/router/relay"
 	"wayout/router/resolve"
-	"wayout/selection"
 )
 
 // plan is all that a configuration comes to before anything touches the
@@ -33,9 +34,16 @@ type plan struct {
 	door      *escaper.Door   // of table, closed until the plan is in force
 	client    uint32          // mark of listeners and what they accept
 	control   uint32          // mark of the daemon's own traffic
+	answers   netcfg.Mark     // of sockets that answer diverted clients
 	devices   []string        // interfaces that paths have to leave by
 	unbound   []*escaper.Path // paths that have only an interface
+	ports     int             // local ports of an address towards one target
 	taken     []uint32        // path numbers that the plan before does not have
+	published publications
+
+	// republished: it is the plan before with other published nodes. All else
+	// of its paths is as it was.
+	republished bool
 }
 
 // uplink is an uplink with its number, which its table and its mark are made
@@ -65,29 +73,52 @@ func (r *Router) build(c *config.Config, layout bpf.Layout, prior *plan) (_ *pla
 	if p.control, err = layout.Mark(bpf.ClassControl, 0, 0); err != nil {
 		return nil, err
 	}
+	p.answers.Value, p.answers.Mask = layout.Answers()
 	p.numberUplinks(prior)
-	for _, rc := range c.Resolvers {
-		if prior != nil && prior.resolvers[rc.Name] != nil {
+	for i := range c.Resolvers {
+		rc := &c.Resolvers[i]
+		if prior != nil && prior.resolvers[rc.Name] != nil && reflect.DeepEqual(findResolver(prior.config, rc.Name), rc) {
 			p.resolvers[rc.Name] = prior.resolvers[rc.Name]
 			continue
 		}
-		p.resolvers[rc.Name] = resolve.New(resolve.Options{Dial: marked(p.control), Log: r.log})
+		p.resolvers[rc.Name] = resolve.New(resolve.Options{
+			Dial: marked(p.control), Log: r.log,
+			Servers: rc.Server, Static: rc.Hosts, Timeout: rc.Timeout, ServeStale: rc.ServeStale, QueryCase: rc.QueryCase && rc.Type == "dns",
+		})
 	}
+	r.takePublished(p, prior)
 	gate := auth.NewGate(0)
 	for _, g := range c.UserGroups {
-		if p.groups[g.Name], err = buildGroup(g, gate); err != nil {
+		if p.groups[g.Name], err = r.buildGroup(g, gate); err != nil {
 			return nil, err
 		}
 	}
 	if err := r.buildEscapers(p, prior); err != nil {
 		return nil, err
 	}
+	p.config = withoutNodes(c)
 	return p, nil
+}
+
+// withoutNodes is a configuration as far as a running daemon needs it: of tens of
+// thousands of nodes, the paths that were made of them are enough.
+func withoutNodes(c *config.Config) *config.Config {
+	out := *c
+	out.Escapers = slices.Clone(c.Escapers)
+	for i := range out.Escapers {
+		out.Escapers[i].Nodes, out.Escapers[i].BindIP = nil, nil
+	}
+	return &out
 }
 
 // discard lets go of a plan that does not come into force.
 func (r *Router) discard(p, prior *plan) error {
-	errs := []error{p.close(prior)}
+	return errors.Join(p.close(prior), r.giveBack(p))
+}
+
+// giveBack frees the numbers that a plan has taken for its paths.
+func (r *Router) giveBack(p *plan) error {
+	var errs []error
 	for _, n := range p.taken {
 		errs = append(errs, r.numbers.Release(n), r.numbers.Free(n))
 	}
@@ -128,113 +159,19 @@ func (p *plan) close(other *plan) error {
 	return nil
 }
 
-func buildGroup(g config.UserGroup, gate *auth.Gate) (*auth.Group, error) {
+func (r *Router) buildGroup(g config.UserGroup, gate *auth.Gate) (*auth.Group, error) {
 	users := make([]auth.Credential, len(g.Users))
-	for i, u := range g.Users {
+	for i := range g.Users {
+		u := &g.Users[i]
 		users[i] = auth.Credential{
-			User: auth.User{Name: u.Name, Selection: u.EgressPath, Allow: u.Allow},
+			User: auth.User{
+				Name: u.Name, Selection: egressPath(u), Allow: u.Allow, From: u.From,
+				Meter: r.meters.of("user "+g.Name+" "+u.Name, u.Limits),
+			},
 			Hash: u.Password,
 		}
 	}
 	return auth.NewGroup(g.Name, users, auth.Options{Gate: gate})
-}
-
-func (r *Router) buildEscapers(p, prior *plan) error {
-	sockets, err := escaper.NewSockets(0, 0)
-	if err != nil {
-		return err
-	}
-	var idle *escaper.Idle
-	if k := p.config.Keepalive; k.Enable {
-		idle = escaper.NewIdle(k.MaxPerKey, k.Max, k.IdleExpire)
-	}
-	var all []*escaper.Direct
-	for i := range p.config.Escapers {
-		e := &p.config.Escapers[i]
-		o := escaper.Options{
-			Name: e.Name, Policy: e.PickPolicy, StrictIndex: e.StrictIndex, EnableSelection: e.EnablePathSelection,
-			Resolver: p.resolvers[e.Resolver], Sockets: sockets, Idle: idle,
-			ConnectTimeout: e.ConnectTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
-		}
-		if o.PickKey, err = escaper.ParsePickKey(e.PickKey); err != nil {
-			return err
-		}
-		if o.Filter, err = escaper.NewFilter(p.host, rules(e.Filter.Allow), rules(e.Filter.Deny)); err != nil {
-			return fmt.Errorf("escaper %s: %w", e.Name, err)
-		}
-		if prior != nil {
-			o.Prior = prior.table.Escaper(e.Name)
-		}
-		if o.Nodes, err = r.buildNodes(p, e, o.Prior); err != nil {
-			return fmt.Errorf("escaper %s: %w", e.Name, err)
-		}
-		d, err := escaper.NewDirect(o)
-		if err != nil {
-			return err
-		}
-		all = append(all, d)
-	}
-	if p.table, err = escaper.NewTable(all...); err != nil {
-		return err
-	}
-	for _, path := range p.table.Paths() {
-		if d := p.device(path); d != "" && !slices.Contains(p.devices, d) {
-			p.devices = append(p.devices, d)
-		}
-		if path.Unbound != 0 {
-			p.unbound = append(p.unbound, path)
-		}
-	}
-	return nil
-}
-
-func rules(list []config.Rule) []string {
-	words := make([]string, len(list))
-	for i, r := range list {
-		if words[i] = string(r.Class); r.Class == config.ClassNone {
-			words[i] = r.Prefix.String()
-		}
-	}
-	return words
-}
-
-func (r *Router) buildNodes(p *plan, e *config.Escaper, prior *escaper.Direct) ([]escaper.NodeOptions, error) {
-	before := map[string]*escaper.Path{}
-	if prior != nil {
-		for _, path := range prior.Paths() {
-			before[path.ID] = path
-		}
-	}
-	nodes := make([]escaper.NodeOptions, len(e.Nodes))
-	for i, n := range e.Nodes {
-		o := escaper.NodeOptions{
-			ID: n.ID, V4: n.IPv4, V6: n.IPv6, Interface: n.Interface, BindToDevice: n.Interface != "",
-			Uplink: n.Uplink, Weight: n.Weight,
-		}
-		if !o.V4.IsValid() && !o.V6.IsValid() {
-			o.Unbound = selection.V4 | selection.V6
-		}
-		var err error
-		if old := before[n.ID]; old != nil && samePath(old.NodeOptions, o) {
-			o.Number = old.Number
-		} else if o.Number, err = r.numbers.Take(); err != nil {
-			return nil, fmt.Errorf("node %s: %w", n.ID, err)
-		} else {
-			p.taken = append(p.taken, o.Number)
-		}
-		if o.Mark, err = p.layout.Mark(bpf.ClassPath, p.uplinks[n.Uplink].number, o.Number); err != nil {
-			return nil, fmt.Errorf("node %s: %w", n.ID, err)
-		}
-		nodes[i] = o
-	}
-	return nodes, nil
-}
-
-// samePath says whether two paths are one: then its number, its connections and
-// its counters go on.
-func samePath(a, b escaper.NodeOptions) bool {
-	a.Number, a.Mark, a.Weight = b.Number, b.Mark, b.Weight
-	return a == b
 }
 
 // marked makes a dial function whose sockets carry a mark.
@@ -283,6 +220,20 @@ func listen(at netip.AddrPort, mark uint32, proxy bool) (*net.TCPListener, error
 		return nil, fmt.Errorf("listen on %s: %w", at, err)
 	}
 	return l.(*net.TCPListener), nil
+}
+
+// listenPacket opens the client's side of a UDP association.
+func listenPacket(at netip.AddrPort, mark uint32) (*net.UDPConn, error) {
+	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error { return setMark(raw, mark) }}
+	network := "udp6"
+	if at.Addr().Is4() {
+		network = "udp4"
+	}
+	c, err := lc.ListenPacket(context.Background(), network, at.String())
+	if err != nil {
+		return nil, fmt.Errorf("listen for datagrams on %s: %w", at, err)
+	}
+	return c.(*net.UDPConn), nil
 }
 
 // listenBare opens a listener for a front end, which accepts in the relay.

@@ -41,7 +41,7 @@ func FindConfig() (*config.Config, error) {
 // CheckConfig builds all that a configuration asks for, and lets it go again:
 // it finds the mistakes that can only be seen in doing so.
 func CheckConfig(c *config.Config) error {
-	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil)
+	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil, nil)
 	if err != nil {
 		return err
 	}

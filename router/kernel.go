@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"wayout/bpf"
@@ -42,8 +43,12 @@ type kernel struct {
 	leaf  *bpf.Leaf
 	progs *bpf.Programs
 
-	guarded   guardFacts // what the guards in force were made of
-	inherited []uint32   // path numbers of a killed daemon with sockets left, maybe
+	diverter *bpf.Diverter     // nil: nothing is diverted
+	diverted []bpf.DivertEntry // what is
+
+	answering map[int]*answering // by interface: prefixes whose neighbours are answered
+	guarded   guardFacts         // what the guards in force were made of
+	inherited []uint32           // path numbers of a killed daemon with sockets left, maybe
 }
 
 // instance names what the daemon leaves in cgroups and bpffs, so that its next
@@ -76,7 +81,13 @@ func NetLayout(c *config.Config) netcfg.Layout {
 func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 	w := netcfg.Want{Layout: NetLayout(p.config)}
 	addrs, bare := map[string][]netip.Addr{}, map[string]bool{}
+	nets := map[string][]netip.Prefix{}
 	for _, path := range slices.Concat(p.table.Paths(), leaving) {
+		for _, n := range []netip.Prefix{path.Net4, path.Net6} {
+			if n.IsValid() && !slices.Contains(nets[path.Uplink], n) {
+				nets[path.Uplink] = append(nets[path.Uplink], n)
+			}
+		}
 		if path.Uplink == "" {
 			continue
 		}
@@ -96,9 +107,12 @@ func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 		w.Uplinks = append(w.Uplinks, netcfg.Uplink{
 			Name: u.Name, Number: int(u.number), Interface: u.Interface, Gateway4: u.Gateway4, Gateway6: u.Gateway6,
 			Mark:            netcfg.Mark{Value: value, Mask: mask},
-			ManageAddresses: u.ManageAddresses, Addresses: addrs[u.Name], Bare: bare[u.Name],
+			ManageAddresses: u.ManageAddresses, Addresses: addrs[u.Name], Bare: bare[u.Name], Local: nets[u.Name],
 		})
 	}
+	w.Local = nets[""]
+	w.Diverts, w.Answers = diverts(p.config), p.answers
+	w.Clients = netcfg.Mark{Value: p.client, Mask: p.answers.Mask}
 	if err := w.Validate(); err != nil {
 		return w, err
 	}
@@ -124,7 +138,11 @@ func (r *Router) openKernel() (err error) {
 	}
 	// Sockets that a killed daemon has left still carry marks, and its uplinks
 	// may have had other numbers: ended while its rules stand.
-	if err = r.endSockets(0); err != nil {
+	spared, err := r.pinnedCgroups()
+	if err != nil {
+		return err
+	}
+	if err = r.endSockets(0, netcfg.Spare{Cgroups: spared}); err != nil {
 		return err
 	}
 	if !r.o.Config.Accounting {
@@ -132,7 +150,12 @@ func (r *Router) openKernel() (err error) {
 	} else if err = r.loadPrograms(); err != nil {
 		return fmt.Errorf("counters and guard (accounting: off is the only way to run without): %w", err)
 	}
-	return nil
+	// Before the rules that lead anything here.
+	have, err := k.net.Read()
+	if err == nil {
+		err = r.divert(unopened(r.o.Config), have)
+	}
+	return err
 }
 
 // pinDir is where the programs of a daemon are pinned. It only looks; the
@@ -208,15 +231,20 @@ func (r *Router) applyNetwork(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read the network's state: %w", err)
 	}
-	p := netcfg.Diff(have, r.want)
+	p, err := netcfg.Make(k.net, have, r.want, nil)
 	for _, n := range p.Notes {
 		r.log.Warn("network not as wished", "note", n)
 	}
-	if err := p.Apply(k.net); err != nil {
+	if err != nil {
 		return fmt.Errorf("make the network as wished: %w", err)
 	}
 	if !p.Empty() {
 		r.log.Info("network made as wished", "changes", len(p.Ops))
+	}
+	if k.diverter == nil { // of another configuration; its rules have just gone
+		if err := cleanDiverter(r.o.Config); err != nil {
+			return err
+		}
 	}
 	if len(r.want.Uplinks) == 0 {
 		return nil
@@ -240,18 +268,20 @@ func (r *Router) closeKernel() error {
 	if k == nil {
 		return nil
 	}
-	var errs []error
-	keep := r.o.Config.KeepOnStop
+	errs := []error{k.stopAnswering()}
+	keep := r.plan.config.KeepOnStop
 	if k.claim != nil && !keep { // without the claim it is another daemon's
 		// What the kernel still closes by itself would go by the main table
-		// once the rules are gone.
-		if err := r.endSockets(closeTimeout); err != nil {
-			errs = append(errs, err)
-		}
-		if err := clean(k.net, r.want.Layout, r.log); err != nil {
+		// once the rules are gone, and what pinned processes send.
+		errs = append(errs, r.blockPins())
+		spared, err := r.pinnedCgroups()
+		errs = append(errs, err, r.endSockets(closeTimeout, netcfg.Spare{Cgroups: spared, Listeners: true}))
+		if err := clean(k.net, netcfg.Want{Layout: r.want.Layout, Diverts: r.want.Diverts, Answers: r.want.Answers}, r.log); err != nil {
 			errs = append(errs, fmt.Errorf("clean the network: %w", err))
 		}
+		errs = append(errs, r.closePins())
 	}
+	errs = append(errs, r.closeDiverter())
 	if k.progs != nil {
 		if keep {
 			errs = append(errs, k.progs.Leave())
@@ -273,8 +303,9 @@ func (r *Router) closeKernel() error {
 
 // endSockets ends the paths' sockets that the kernel goes on closing when their
 // process does not have them any more, after giving them a while to close by
-// themselves. Without uplinks there is nothing that they could miss.
-func (r *Router) endSockets(patience time.Duration) error {
+// themselves. Those that are spared go on. Without uplinks there is nothing that
+// they could miss.
+func (r *Router) endSockets(patience time.Duration, spared netcfg.Spare) error {
 	if len(r.want.Uplinks) == 0 {
 		return nil
 	}
@@ -296,7 +327,7 @@ func (r *Router) endSockets(patience time.Duration) error {
 			break
 		}
 	}
-	n, err := r.kernel.net.EndSockets(ctx, m)
+	n, err := r.kernel.net.EndSocketsBut(ctx, m, spared)
 	if errors.Is(err, netcfg.ErrNoDestroy) {
 		r.log.Warn("the kernel cannot end sockets: the last packets of those that it is closing may leave by the main table", "err", err)
 		return nil
@@ -307,13 +338,13 @@ func (r *Router) endSockets(patience time.Duration) error {
 	return err
 }
 
-// clean removes all that is ours of the network's state.
-func clean(k *netcfg.Netlink, l netcfg.Layout, log *slog.Logger) error {
+// clean removes all that is ours of the network's state, but for the rest.
+func clean(k *netcfg.Netlink, rest netcfg.Want, log *slog.Logger) error {
 	have, err := k.Read()
 	if err != nil {
 		return err
 	}
-	p := netcfg.Diff(have, netcfg.Want{Layout: l})
+	p := netcfg.Diff(have, rest)
 	if p.Empty() {
 		return nil
 	}
@@ -324,8 +355,9 @@ func clean(k *netcfg.Netlink, l netcfg.Layout, log *slog.Logger) error {
 	return nil
 }
 
-// watch follows the kernel's network state until the function it returns is
-// called, and lets go of what reloads have left behind. The paths have their
+// watch follows the kernel's network state, and the health and the ports of
+// paths, until the function it returns is called, and lets go of what reloads
+// have left behind. The paths have their
 // states when it returns.
 func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 	// Not ended by the signal that stops the daemon: paths have to go on
@@ -336,9 +368,14 @@ func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 		cancel()
 		return nil, err
 	}
-	swept := make(chan struct{})
-	go func() {
-		defer close(swept)
+	r.mu.Lock()
+	r.watcher = w
+	r.mu.Unlock()
+	r.health.Use(r.plan.table)
+	var others sync.WaitGroup
+	others.Go(func() { r.health.Run(ctx) })
+	others.Go(func() { r.watchPorts(ctx) })
+	others.Go(func() {
 		tick := time.NewTicker(sweepEvery)
 		defer tick.Stop()
 		for {
@@ -349,11 +386,11 @@ func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 				return
 			}
 		}
-	}()
+	})
 	return func() error {
 		cancel()
 		<-w.Done()
-		<-swept
+		others.Wait()
 		return nil
 	}, nil
 }
@@ -364,14 +401,22 @@ func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 func (r *Router) onChange(s *netcfg.Snapshot) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if s.Since().Before(r.settled) {
+		// It may lack what was added since: paths would be down for a moment.
+		r.watcher.Refresh()
+		return
+	}
+	r.followDiverts(s)
 	if _, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log); err != nil {
 		r.log.Error("network state cannot be put back", "err", err)
 	}
 	r.setSources(r.plan, s)
+	r.settlePrefixes(r.plan, r.leaving, r.want, s)
 	// Guards before states: a path that comes up must find its own.
 	if err := r.setGuards(r.plan, s); err != nil {
 		r.log.Error("guards cannot be set", "err", err)
 	}
+	r.refreshPins(r.plan, s)
 	if r.judgeAll(r.plan, s) {
 		r.socket.Changed()
 	}
@@ -383,24 +428,14 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 	if r.kernel.progs == nil {
 		return nil
 	}
-	index := map[string]uint32{}
-	for _, l := range s.Links {
-		index[l.Name] = uint32(l.Index)
-	}
+	index := indexes(s)
 	facts := guardFacts{plan: p, text: p.guardFacts(index)}
 	if facts == r.kernel.guarded {
 		return nil
 	}
 	var all []bpf.Entry
 	for _, path := range slices.Concat(p.table.Paths(), r.leaving) {
-		var g bpf.Guard
-		if device := p.device(path); device != "" {
-			g.IfIndex = noInterface
-			if i, ok := index[device]; ok {
-				g.IfIndex = i
-			}
-		}
-		g.V4, g.V6 = guarded(path.Source(selection.V4)), guarded(path.Source(selection.V6))
+		g := p.guard(path, index)
 		if !g.V4.IsValid() && !g.V6.IsValid() {
 			continue // its interface has no address: a number without a guard sends nothing
 		}
@@ -411,6 +446,27 @@ func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 	}
 	r.kernel.guarded = facts
 	return nil
+}
+
+// indexes are the numbers of the interfaces.
+func indexes(s *netcfg.Snapshot) map[string]uint32 {
+	index := map[string]uint32{}
+	for _, l := range s.Links {
+		index[l.Name] = uint32(l.Index)
+	}
+	return index
+}
+
+// guard is what a path may send now.
+func (p *plan) guard(path *escaper.Path, index map[string]uint32) bpf.Guard {
+	g := bpf.Guard{V4: path.Sources(selection.V4), V6: path.Sources(selection.V6)}
+	if device := p.device(path); device != "" {
+		g.IfIndex = noInterface
+		if i, ok := index[device]; ok {
+			g.IfIndex = i
+		}
+	}
+	return g
 }
 
 // guardFacts is what the guards of a plan depend on and the plan does not fix.
@@ -430,14 +486,6 @@ func (p *plan) guardFacts(index map[string]uint32) string {
 		fmt.Fprintln(&b, path.Number, path.Source(selection.V4), path.Source(selection.V6))
 	}
 	return b.String()
-}
-
-// guarded is what a path may send as its source in one family.
-func guarded(a netip.Addr) netip.Prefix {
-	if !a.IsValid() {
-		return netip.Prefix{}
-	}
-	return netip.PrefixFrom(a, a.BitLen())
 }
 
 // device is the interface that a path has to leave by, "" when main routing

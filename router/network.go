@@ -17,17 +17,22 @@ type Changes struct {
 
 // PlanNetwork gives what ApplyNetwork would do. It changes nothing.
 func PlanNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(*netcfg.Netlink, netcfg.Plan) error { return nil })
+	return withNetwork(c, func(*netcfg.Netlink, func() error) error { return nil })
 }
 
 // ApplyNetwork makes addresses, rules and routes as the configuration wants
 // them. Twice is once.
 func ApplyNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(k *netcfg.Netlink, p netcfg.Plan) error { return p.Apply(k) })
+	return withNetwork(c, func(k *netcfg.Netlink, apply func() error) error {
+		if err := holdDiverts(c, k); err != nil {
+			return err
+		}
+		return apply()
+	})
 }
 
-func withNetwork(c *config.Config, do func(*netcfg.Netlink, netcfg.Plan) error) (_ Changes, err error) {
-	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil)
+func withNetwork(c *config.Config, do func(k *netcfg.Netlink, apply func() error) error) (_ Changes, err error) {
+	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil, nil)
 	if err != nil {
 		return Changes{}, err
 	}
@@ -35,9 +40,8 @@ func withNetwork(c *config.Config, do func(*netcfg.Netlink, netcfg.Plan) error) 
 	return diffNetwork(r.want, do)
 }
 
-// diffNetwork compares the kernel with a wish and lets do act on the
-// difference.
-func diffNetwork(want netcfg.Want, do func(*netcfg.Netlink, netcfg.Plan) error) (_ Changes, err error) {
+// diffNetwork compares the kernel with a wish and lets do apply the difference.
+func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, apply func() error) error) (_ Changes, err error) {
 	k, err := netcfg.Open(netcfg.Options{Layout: want.Layout})
 	if err != nil {
 		return Changes{}, err
@@ -48,20 +52,27 @@ func diffNetwork(want netcfg.Want, do func(*netcfg.Netlink, netcfg.Plan) error) 
 		return Changes{}, err
 	}
 	p := netcfg.Diff(have, want)
-	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, p)
+	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, func() error {
+		_, err := netcfg.Make(k, have, want, nil)
+		return err
+	})
 }
 
 // CleanNetwork removes all that is ours from the kernel: addresses, rules and
-// routes, and the pinned guard of a daemon that was killed. It refuses while a
-// daemon with these numbers runs.
+// routes, and what a daemon that was killed has left: guard, pins, and what stops
+// diverted traffic. It refuses while a daemon with these numbers, or the command
+// of an exec, runs.
 func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	want := netcfg.Want{Layout: NetLayout(c)}
-	changes, err := diffNetwork(want, func(k *netcfg.Netlink, p netcfg.Plan) error {
+	changes, err := diffNetwork(want, func(k *netcfg.Netlink, apply func() error) error {
 		claim, err := k.Claim()
 		if err != nil {
 			return err
 		}
-		return errors.Join(p.Apply(k), claim.Close())
+		if err := cleanPins(c); err != nil {
+			return errors.Join(err, claim.Close())
+		}
+		return errors.Join(apply(), claim.Close())
 	})
 	if err != nil {
 		return Changes{}, err
@@ -73,5 +84,5 @@ func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	if err != nil {
 		return changes, err
 	}
-	return changes, bpf.Clean(dir)
+	return changes, errors.Join(cleanDiverter(c), bpf.Clean(dir))
 }

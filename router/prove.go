@@ -19,10 +19,11 @@ var errLeak = errors.New("the guard let it out")
 // datagram with the mark of a path and the address of another. It says how the
 // kernel refused them; if it did not, that is the error.
 func (r *Router) proveGuard(name string, target netip.AddrPort) (control.Proof, error) {
-	t := r.current.Load()
-	if t == nil {
+	now := r.current.Load()
+	if now == nil {
 		return control.Proof{}, escaper.ErrClosed
 	}
+	t := now.table
 	p := t.Path(name)
 	if p == nil {
 		return control.Proof{}, fmt.Errorf("%w: %q", control.ErrUnknownPath, name)

@@ -33,7 +33,7 @@ func (r *Router) Reload() error {
 		r.log.Error("configuration not reloaded", "err", err)
 		return err
 	}
-	r.log.Info("configuration reloaded", "paths", len(r.current.Load().Paths()))
+	r.log.Info("configuration reloaded", "paths", len(r.current.Load().table.Paths()))
 	r.socket.Changed()
 	return nil
 }
@@ -58,39 +58,32 @@ func (r *Router) reload(c *config.Config) (err error) {
 			err = errors.Join(err, closeListeners(servers), r.discard(p, old))
 		}
 	}()
-	leaving := append(slices.Clone(r.leaving), gone(old, p)...)
-	want, err := p.want(leaving)
-	if err != nil {
-		return err
-	}
 	if servers, err = r.openServers(p, r.servers); err != nil {
 		return err
 	}
-	have, err := r.kernel.net.Read()
+	defer func() {
+		if err != nil {
+			r.settleDiverts()
+		}
+	}()
+	if err := r.divertBoth(servers); err != nil {
+		return err
+	}
+	install, err := r.prepare(p, old)
 	if err != nil {
-		return err
-	}
-	if err := netcfg.Diff(have, want).Adds().Apply(r.kernel.net); err != nil {
-		return fmt.Errorf("make the network as wished: %w", err)
-	}
-	if have, err = r.kernel.net.Read(); err != nil {
-		return err
-	}
-	r.setSources(p, have)
-	if err := r.setGuards(p, have); err != nil {
 		return err
 	}
 
 	// ---- Nothing below this line fails. ----
 
 	drained := r.servers
-	r.plan, r.want, r.leaving, r.servers = p, want, leaving, servers
-	r.judgeAll(p, have)
-	r.current.Store(p.table)
-	p.door.Swap(p.table)
+	r.servers = servers
+	install()
+	keepFlows(drained, servers)
 	for _, s := range servers {
 		r.serve(s)
 	}
+	r.settleDiverts()
 	// Old and new accept from the same sockets: what comes after the reload is
 	// the new ones' alone.
 	for _, s := range drained {
@@ -109,6 +102,40 @@ func (r *Router) reload(c *config.Config) (err error) {
 		debug.FreeOSMemory()
 	})
 	return nil
+}
+
+// prepare makes the kernel ready for the paths of the next plan, those of the
+// old one included, and returns what puts it into force. That does not fail.
+func (r *Router) prepare(p, old *plan) (install func(), err error) {
+	leaving := append(slices.Clone(r.leaving), gone(old, p)...)
+	want, err := p.want(leaving)
+	if err != nil {
+		return nil, err
+	}
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := netcfg.Make(r.kernel.net, have, want, netcfg.Plan.Adds); err != nil {
+		return nil, fmt.Errorf("make the network as wished: %w", err)
+	}
+	settled := time.Now()
+	if have, err = r.kernel.net.Read(); err != nil {
+		return nil, err
+	}
+	r.setSources(p, have)
+	r.settlePrefixes(p, leaving, want, have)
+	if err := r.setGuards(p, have); err != nil {
+		return nil, err
+	}
+	return func() {
+		r.plan, r.want, r.leaving, r.settled = p, want, leaving, settled
+		r.judgeAll(p, have)
+		r.reconfigurePins(p)
+		r.health.Use(p.table)
+		r.current.Store(p)
+		p.door.Swap(p.table)
+	}, nil
 }
 
 // fixed says what of a new configuration a running daemon cannot take up.
@@ -150,6 +177,8 @@ func gone(old, next *plan) []*escaper.Path {
 func (r *Router) sweep() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.sweepPins()
+	r.refreshPins(r.plan, nil)
 	r.kernel.inherited = slices.DeleteFunc(r.kernel.inherited, func(number uint32) bool {
 		if r.inKernel(number) {
 			return false
@@ -177,7 +206,7 @@ func (r *Router) sweep() {
 		r.want = want
 		var have *netcfg.Snapshot
 		if have, err = r.kernel.net.Read(); err == nil {
-			err = netcfg.Diff(have, want).Apply(r.kernel.net)
+			_, err = netcfg.Make(r.kernel.net, have, want, nil)
 		}
 	}
 	if err != nil {

@@ -16,13 +16,13 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"wayout/bpf"
 	"wayout/netcfg"
 	"wayout/router/config"
 	"wayout/router/control"
 	"wayout/router/escaper"
-	"wayout/router/httpproxy"
 	"wayout/router/relay"
 )
 
@@ -43,12 +43,17 @@ type Router struct {
 	o       Options
 	log     *slog.Logger
 	numbers *bpf.Numbers
-	current atomic.Pointer[escaper.Table] // of plan, for who only looks
+	current atomic.Pointer[plan] // plan, for who only looks
 	plan    *plan
 	want    netcfg.Want
 	relay   *relay.Engine
 	limits  *limits
 	access  *accessLog
+
+	sessions *escaper.Sessions // over all reloads
+	health   *escaper.Health   // over all reloads; nil: the plan is only looked at
+	ports    *portMeter
+	meters   meters // over all reloads
 
 	counters  *control.Counters
 	collector *control.Collector
@@ -62,18 +67,14 @@ type Router struct {
 	hadDefault map[netcfg.Family]bool
 	kernel     *kernel
 	leaving    []*escaper.Path // taken away by a reload, with connections left
+	pins       pins
+	watcher    *netcfg.Watcher // nil until it follows the kernel
+	settled    time.Time       // when a reload or a publication last had the network as it wants it
 
 	serving  sync.WaitGroup // front ends that accept
 	draining sync.WaitGroup // front ends that a reload has replaced
 	failed   chan error
 	cut      context.Context // ends when the daemon cuts what does not end by itself
-}
-
-// server is a front end with its listeners.
-type server struct {
-	conf      *config.Server
-	front     *httpproxy.Server
-	listeners []*relay.Listener
 }
 
 // New builds the daemon of a configuration. It changes nothing of the system.
@@ -83,7 +84,10 @@ func New(o Options) (*Router, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newRouter(o, held)
+	var r *Router
+	health := escaper.NewHealth(func(changed []*escaper.Path) { r.onHealth(changed) })
+	r, err = newRouter(o, held, health)
+	return r, err
 }
 
 // Mistake is an error that only another configuration mends.
@@ -97,7 +101,7 @@ func (m *Mistake) Unwrap() error { return m.Err }
 
 // newRouter is New for which the path numbers in held are taken. Its errors
 // are Mistakes.
-func newRouter(o Options, held []uint32) (_ *Router, err error) {
+func newRouter(o Options, held []uint32, health *escaper.Health) (_ *Router, err error) {
 	defer func() {
 		if err != nil {
 			err = &Mistake{err}
@@ -106,7 +110,7 @@ func newRouter(o Options, held []uint32) (_ *Router, err error) {
 	r := &Router{
 		o: o, log: newLogger(o.Stderr, o.Config.Log),
 		access:     newAccessLog(o.Stderr, o.Config.Log.Level),
-		hadDefault: map[netcfg.Family]bool{},
+		hadDefault: map[netcfg.Family]bool{}, sessions: escaper.NewSessions(), health: health,
 	}
 	layout, err := markLayout(o.Config)
 	if err != nil {
@@ -119,9 +123,11 @@ func newRouter(o Options, held []uint32) (_ *Router, err error) {
 	if r.plan, err = r.build(o.Config, layout, nil); err != nil {
 		return nil, err
 	}
+	r.o.Config = r.plan.config
 	if r.want, err = r.plan.want(nil); err != nil {
 		return nil, errors.Join(err, r.plan.close(nil))
 	}
+	r.ports = newPortMeter(r.log)
 	r.counters = control.NewCounters()
 	r.collector = control.NewCollector(r.counters, r.Paths, r.unmarkedDrops, r.accounted)
 	return r, nil
@@ -152,7 +158,9 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 		return err
 	}
 	r.failed = make(chan error, 1)
-	r.socket = control.NewSocket(l, control.Backend{Paths: r.Paths, Drain: r.drain, Prove: r.proveGuard, Reload: r.Reload, Version: r.o.Version})
+	r.socket = control.NewSocket(l, control.Backend{
+		Paths: r.Paths, Drain: r.drain, Prove: r.proveGuard, Reload: r.Reload, Publish: r.Publish, Pins: r.pinBackend(), Version: r.o.Version,
+	})
 	go func() { r.fail(r.socket.Serve()) }()
 	done = append(done, r.socket.Close)
 
@@ -189,13 +197,21 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 	if r.servers, err = r.openServers(r.plan, nil); err != nil {
 		return errors.Join(err, closeListeners(r.servers))
 	}
+	if err := r.divertBoth(nil); err != nil {
+		return errors.Join(err, closeListeners(r.servers))
+	}
 	stopWatch, err := r.watch(ctx)
 	if err != nil {
 		return errors.Join(err, closeListeners(r.servers))
 	}
 	done = append(done, stopWatch)
+	stopPins, err := r.openPins()
+	if err != nil {
+		return errors.Join(err, closeListeners(r.servers))
+	}
+	done = append(done, stopPins)
 	r.plan.door.Swap(r.plan.table)
-	r.current.Store(r.plan.table)
+	r.current.Store(r.plan)
 	done = append(done, func() error { r.plan.door.Swap(nil); return nil })
 	cut, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -247,68 +263,11 @@ func (r *Router) notify(state string) {
 	}
 }
 
-// openServers builds a plan's front ends and binds their listeners. A listener
-// that one of the old servers has is shared with it, so that no connection is
-// lost between the two.
-func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
-	var all []*server
-	for i := range p.config.Servers {
-		sc := &p.config.Servers[i]
-		front, err := httpproxy.New(httpproxy.Options{
-			Name: sc.Name, Escaper: sc.Escaper, Group: p.groups[sc.UserGroup],
-			SelectionHeader: sc.PathSelectionHeader, ReportEgress: sc.ReportEgress,
-			Limits: httpproxy.Limits{
-				Head: sc.ReqHeaderMaxSize, Fields: sc.ReqHeaderMaxCount, Target: sc.ReqTargetMaxSize,
-				ResponseHead: sc.RspHeaderMaxSize, ResponseFields: sc.RspHeaderMaxCount,
-			},
-			Timeouts: httpproxy.Timeouts{
-				Idle: sc.PipelineReadIdleTimeout, Head: sc.ReqHeaderRecvTimeout, Auth: sc.AuthTimeout,
-				Response: sc.RspHeaderRecvTimeout, Stall: sc.BodyStallTimeout, Write: sc.SendTimeout, TunnelIdle: sc.TunnelIdleTimeout,
-			},
-			Admit: r.limits.admit, Open: p.door.Open, Relay: r.relay, Logger: r.log,
-			Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)), Prompt: r.access.log == nil,
-		})
-		if err != nil {
-			return all, fmt.Errorf("server %s: %w", sc.Name, err)
-		}
-		s := &server{conf: sc, front: front}
-		all = append(all, s)
-		for _, at := range sc.Listen {
-			l, err := share(old, at)
-			if err == nil && l == nil {
-				l, err = listenBare(at, p.client)
-			}
-			if err != nil {
-				return all, fmt.Errorf("server %s: %w", sc.Name, err)
-			}
-			s.listeners = append(s.listeners, l)
-		}
-	}
-	return all, nil
-}
-
-// share gives a second handle of the listener that an old server has at an
-// address, nil when none has. Port 0 asks for a port of its own each time.
-func share(old []*server, at netip.AddrPort) (*relay.Listener, error) {
-	for _, s := range old {
-		for i, l := range s.listeners {
-			if s.conf.Listen[i] != at || at.Port() == 0 {
-				continue
-			}
-			dup, err := l.Share()
-			if err != nil {
-				return nil, fmt.Errorf("share the listener on %s: %w", at, err)
-			}
-			return dup, nil
-		}
-	}
-	return nil, nil //nolint:nilnil // documented: nobody listens there
-}
-
 // serve lets a front end accept.
 func (r *Router) serve(s *server) {
+	r.serveFlows(s)
 	for _, l := range s.listeners {
-		r.serving.Go(func() { r.fail(s.front.Serve(l)) })
+		r.serving.Go(func() { r.fail(s.serve(l)) })
 		r.log.Info("listening", "server", s.conf.Name, "type", s.conf.Type, "listen", l.Addr().String(), "escaper", s.conf.Escaper)
 	}
 }
@@ -318,8 +277,16 @@ func (r *Router) stopServers(ctx context.Context, servers []*server) {
 	var wg sync.WaitGroup
 	for _, s := range servers {
 		wg.Go(func() {
+			if s.tap.flows != nil {
+				s.tap.flows.Quiesce()
+			}
 			if err := s.front.Shutdown(ctx); err != nil {
 				r.log.Warn("connections cut", "server", s.conf.Name, "err", err)
+			}
+			if s.tap.flows != nil { // which have no end that could be waited for
+				if err := s.tap.flows.Close(); err != nil {
+					r.log.Warn("the flows do not close", "server", s.conf.Name, "err", err)
+				}
 			}
 		})
 	}
@@ -334,7 +301,7 @@ func closeListeners(servers []*server) error {
 			errs = append(errs, l.Close())
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, closeTaps(servers))...)
 }
 
 // listening gives the addresses that the daemon itself listens on: no request
@@ -345,6 +312,7 @@ func (r *Router) listening() []netip.AddrPort {
 		for _, l := range s.listeners {
 			all = append(all, l.Addr().(*net.TCPAddr).AddrPort())
 		}
+		all = append(all, listeningNets(s.conf)...)
 	}
 	if r.monitorAt.IsValid() {
 		all = append(all, r.monitorAt)
@@ -354,11 +322,11 @@ func (r *Router) listening() []netip.AddrPort {
 
 // drain takes a path out of use for new connections, or gives it back.
 func (r *Router) drain(name string, on bool) error {
-	t := r.current.Load()
-	if t == nil {
+	now := r.current.Load()
+	if now == nil {
 		return escaper.ErrClosed
 	}
-	p := t.Path(name)
+	p := now.table.Path(name)
 	if p == nil {
 		return fmt.Errorf("%w: %q", control.ErrUnknownPath, name)
 	}

@@ -21,6 +21,7 @@ func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f select
 	if f == selection.V6 {
 		addr, family = path.V6, netcfg.IPv6
 	}
+	whole := path.Net(f)
 	up, hasUplink := p.uplinks[path.Uplink]
 	device := p.device(path)
 	switch {
@@ -32,6 +33,19 @@ func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f select
 		if state != netcfg.Present {
 			return escaper.Down, reason
 		}
+	case whole.IsValid():
+		if state, reason := s.HasLocal(whole); state != netcfg.Present {
+			return escaper.Down, reason
+		}
+		if device == "" {
+			break
+		}
+		if l, ok := s.Link(device); !ok {
+			return escaper.Down, "interface " + device + " does not exist"
+		} else if !l.Up {
+			return escaper.Down, l.Reason
+		}
+	case path.AnySource: // main routing chooses
 	default: // by its interface alone: by an address that is on it
 		l, ok := s.Link(device)
 		if !ok {
@@ -118,6 +132,7 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 			path.SetFamilyState(f, cond, reason)
 			if cond != escaper.Up {
 				r.killGone(s, path, f, path.Source(f))
+				r.killWhole(s, path, f)
 			}
 		}
 		if after := path.Status(); after.State != before.State || after.Reason != before.Reason {
@@ -125,8 +140,10 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 		}
 	}
 	for _, path := range r.leaving {
-		r.killGone(s, path, selection.V4, path.Source(selection.V4))
-		r.killGone(s, path, selection.V6, path.Source(selection.V6))
+		for _, f := range []selection.Family{selection.V4, selection.V6} {
+			r.killGone(s, path, f, path.Source(f))
+			r.killWhole(s, path, f)
+		}
 	}
 	if len(changed) == 0 {
 		return false
@@ -146,7 +163,22 @@ func (r *Router) killGone(s *netcfg.Snapshot, path *escaper.Path, f selection.Fa
 	if state != netcfg.Absent {
 		return
 	}
-	if n := path.Kill(addr, selection.Refuse(selection.ErrDown, "path %s is down for %s: %s", path.Name, f, why)); n > 0 {
+	r.kill(path, f, netip.PrefixFrom(addr, addr.BitLen()), why)
+}
+
+// killWhole is killGone for a prefix that is not the host's own any more.
+func (r *Router) killWhole(s *netcfg.Snapshot, path *escaper.Path, f selection.Family) {
+	whole := path.Net(f)
+	if !whole.IsValid() {
+		return
+	}
+	if state, why := s.HasLocal(whole); state == netcfg.Absent {
+		r.kill(path, f, whole, why)
+	}
+}
+
+func (r *Router) kill(path *escaper.Path, f selection.Family, from netip.Prefix, why string) {
+	if n := path.Kill(from, selection.Refuse(selection.ErrDown, "path %s is down for %s: %s", path.Name, f, why)); n > 0 {
 		r.log.Warn("connections ended", "path", path.Name, "connections", n, "reason", why)
 	}
 }
@@ -174,24 +206,30 @@ func (r *Router) logChanges(changed []*escaper.Path) {
 // Paths is the state of all paths, as the control socket tells it.
 func (r *Router) Paths() control.Paths {
 	all := control.Paths{Version: control.PathsVersion, Paths: []control.Path{}}
-	t := r.current.Load()
-	if t == nil {
+	now := r.current.Load()
+	if now == nil {
 		return all
 	}
-	for _, p := range t.Paths() {
-		all.Paths = append(all.Paths, r.status(p))
+	for _, p := range now.table.Paths() {
+		all.Paths = append(all.Paths, r.status(p, now.device(p)))
 	}
 	return all
 }
 
-func (r *Router) status(p *escaper.Path) control.Path {
+func (r *Router) status(p *escaper.Path, device string) control.Path {
 	st, n := p.Status(), p.Counters()
 	c := control.Path{
 		Path: p.Name, Escaper: p.Escaper, ID: p.ID, State: st.State, Reason: st.Reason, Since: st.Since.UTC(),
-		IPv4: addrText(p.Source(selection.V4)), IPv6: addrText(p.Source(selection.V6)), Uplink: text(p.Uplink), Interface: text(r.plan.device(p)), Weight: int(p.Weight),
+		IPv4: sourceText(p, selection.V4), IPv6: sourceText(p, selection.V6), Uplink: text(p.Uplink), Interface: text(device), Weight: int(p.Weight),
 		Connections: control.Connections{Open: int64(n.Open), Made: n.Attempts[escaper.ResultOK], Failed: n.Failed(), Closed: n.Closed},
 		Results:     make(map[string]uint64, len(n.Attempts)),
 	}
+	c.Ports = r.ports.of(p.Number)
+	others := r.pinnedConnections(p.Name)
+	c.Connections.Open += others.Open
+	c.Connections.Made += others.Made
+	c.Connections.Failed += others.Failed
+	c.Connections.Closed += others.Closed
 	for i, v := range n.Attempts {
 		c.Results[escaper.Result(i).String()] = v
 	}
@@ -224,10 +262,14 @@ func text(s string) *string {
 	return &s
 }
 
-func addrText(a netip.Addr) *string {
-	if !a.IsValid() {
-		return nil
+// sourceText is what connections of a family leave from: an address, a prefix,
+// or nil where there is none or main routing chooses.
+func sourceText(p *escaper.Path, f selection.Family) *string {
+	if n := p.Net(f); n.IsValid() {
+		return text(n.String())
 	}
-	s := a.String()
-	return &s
+	if a := p.Source(f); a.IsValid() {
+		return text(a.String())
+	}
+	return nil
 }

@@ -45,7 +45,10 @@ func sentence(t *testing.T, what, stderr string) {
 }
 
 func verbNames() []string {
-	return []string{"serve", "check", "paths", "drain", "undrain", "reload", "plan", "apply", "clean", "doctor", "hash-password", "version"}
+	return []string{
+		"serve", "check", "explain", "paths", "top", "drain", "undrain", "publish", "pin", "unpin", "reload",
+		"plan", "apply", "clean", "doctor", "hash-password", "version",
+	}
 }
 
 func TestUsage(t *testing.T) {
@@ -64,7 +67,7 @@ func TestUsage(t *testing.T) {
 	if out, errs, code := wayout(t, ""); code != 2 || out != "" || !strings.Contains(errs, "usage: wayout COMMAND") {
 		t.Errorf("without a command: %d %q %q", code, out, errs)
 	}
-	for _, word := range []string{"sevre", "", "-x", "--json", "exec"} {
+	for _, word := range []string{"sevre", "", "-x", "--json", "execute"} {
 		out, errs, code := wayout(t, "", word)
 		if code != 2 || out != "" {
 			t.Errorf("unknown command %q: %d %q", word, code, out)
@@ -80,12 +83,12 @@ func TestUsage(t *testing.T) {
 			if out, errs, code := wayout(t, "", verb, "--no-such-flag"); code != 2 || out != "" || !strings.Contains(errs, "no-such-flag") {
 				t.Errorf("unknown flag: %d %q %q", code, out, errs)
 			}
-			out, errs, code := wayout(t, "", verb, "one", "two")
+			out, errs, code := wayout(t, "", verb, "one", "two", "three")
 			if code != 2 || out != "" {
 				t.Errorf("too many arguments: %d %q", code, out)
 			}
 			sentence(t, "too many arguments", errs)
-			if strings.HasSuffix(verb, "drain") {
+			if strings.HasSuffix(verb, "drain") || verb == "unpin" {
 				out, errs, code = wayout(t, "", verb)
 				if code != 2 || out != "" {
 					t.Errorf("no argument: %d %q", code, out)
@@ -126,7 +129,7 @@ func TestNoDaemon(t *testing.T) {
 		{"--control", plain},
 		{"--control", stale},
 	} {
-		for _, verb := range [][]string{{"paths"}, {"paths", "--json"}, {"paths", "--watch"}, {"reload"}, {"drain", "out/p1"}, {"undrain", "out/p1"}} {
+		for _, verb := range [][]string{{"paths"}, {"paths", "--json"}, {"paths", "--watch"}, {"top", "--once"}, {"top", "--json"}, {"reload"}, {"drain", "out/p1"}, {"undrain", "out/p1"}} {
 			out, errs, code := wayout(t, "", append(verb, where...)...)
 			if code != 1 || out != "" || !strings.Contains(errs, filepath.Base(where[1])) && where[0] == "--control" {
 				t.Errorf("%v %v: %d %q %q", verb, where, code, out, errs)
@@ -481,10 +484,11 @@ func TestDoctor(t *testing.T) {
 	type report struct {
 		OK       bool `json:"ok"`
 		Findings []struct {
-			Name    string `json:"name"`
-			Verdict string `json:"verdict"`
-			Found   string `json:"found"`
-			Remedy  string `json:"remedy"`
+			Name   string `json:"name"`
+			Level  string `json:"level"`
+			Found  string `json:"found"`
+			Means  string `json:"means"`
+			Remedy string `json:"remedy"`
 		} `json:"findings"`
 	}
 	examine := func() (r report) {
@@ -500,11 +504,11 @@ func TestDoctor(t *testing.T) {
 			t.Errorf("exit code %d with --json, %d without", code, textCode)
 		}
 		for _, f := range r.Findings {
-			if !slices.Contains([]string{"ok", "advice", "blocker", "unknown"}, f.Verdict) || f.Name == "" {
+			if !slices.Contains([]string{"ok", "note", "warning", "blocker"}, f.Level) || f.Name == "" {
 				t.Errorf("%+v", f)
 			}
-			if f.Remedy == "" && (f.Verdict == "advice" || f.Verdict == "blocker") {
-				t.Errorf("no remedy: %+v", f)
+			if (f.Remedy == "" || f.Means == "") && (f.Level == "warning" || f.Level == "blocker") {
+				t.Errorf("no meaning or no remedy: %+v", f)
 			}
 			if !strings.Contains(text, f.Name) {
 				t.Errorf("only in the JSON: %+v", f)
@@ -525,7 +529,7 @@ func TestDoctor(t *testing.T) {
 	r := examine()
 	blockers := 0
 	for _, f := range r.Findings {
-		if f.Verdict == "blocker" {
+		if f.Level == "blocker" {
 			blockers++
 			if !strings.Contains(f.Found, "fwmark") || !strings.Contains(f.Remedy, "mark_mask") {
 				t.Errorf("%+v", f)

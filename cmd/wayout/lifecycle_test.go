@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"wayout/router/control"
+	"wayout/router/socks/client"
 	"wayout/scripts/lab"
 )
 
@@ -410,6 +411,43 @@ func TestZeroConfiguration(t *testing.T) {
 	}
 	if told := ask(lab.Ask{Header: egress("nobody")}); told.Status != 400 {
 		t.Errorf("%d", told.Status)
+	}
+	// SOCKS is on the same port, and leaves by any of them. The way back is made
+	// for that.
+	for _, r := range []struct {
+		ns       *lab.NS
+		dst, via string
+	}{
+		{s.ISP1, lab.HostAddr4 + "/32", lab.Primary1Of4},
+		{s.ISP1, lab.HostAddr6 + "/128", lab.Primary1Of6},
+		{s.Origin, lab.HostAddr4 + "/32", "192.0.2.1"},
+		{s.Origin, lab.HostAddr6 + "/128", "2001:db8:1::1"},
+	} {
+		if err := r.ns.AddRoute(netip.MustParsePrefix(r.dst), netip.MustParseAddr(r.via)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, target := range []string{target4, target4, target6} {
+		c, err := s.Host.Dial(netip.MustParseAddrPort("127.0.0.1:3128"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		var bound netip.AddrPort
+		if i == 0 {
+			_, bound, err = connect4(c, target)
+		} else {
+			bound, err = new(client.Dialer).Handshake(t.Context(), c, target)
+		}
+		if err != nil || !slices.Contains(named, bound.Addr().String()) {
+			t.Fatalf("SOCKS to %s: told %s, %v", target, bound, err)
+		}
+		if seen, err := getThrough(c, target); err != nil || seenAt(seen) != bound {
+			t.Errorf("SOCKS to %s: told %s, seen %s, %v", target, bound, seenAt(seen), err)
+		}
+		c.Close()
 	}
 	// From the outside there is nothing.
 	if c, err := s.Client.Dial(proxyAt(3128)); err == nil {

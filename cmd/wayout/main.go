@@ -16,7 +16,7 @@ import (
 // version is set by the linker.
 var version = "dev" //nolint:gochecknoglobals // -ldflags -X needs a package variable
 
-// Exit codes of every command but exec.
+// Exit codes of every command; exec has others.
 const (
 	exitOK     = 0
 	exitFailed = 1 // failed or refused
@@ -43,14 +43,20 @@ func verbs() []verb {
 	return []verb{
 		{"serve", "[--config F]", "run the daemon in the foreground", serve},
 		{"check", "[--config F] [--live] [--reference]", "say what is wrong with a configuration", check},
+		{"explain", "[--server S] [--user U] [--header V] [--username N] TARGET", "which path a request would take and why, sending nothing", explain},
 		{"paths", "[--watch]", "the state of each path", paths},
+		{"top", "[--once]", "the same, live, in the terminal", top},
 		{"drain", "PATH", "no new connections on a path; the open ones live on", drain},
 		{"undrain", "PATH", "give a drained path back", undrain},
+		{"publish", "ESCAPER FILE|-", "replace the nodes of a direct_float by those of a JSON array", publish},
+		{"exec", "--path PATH [--dns] -- COMMAND...", "run a command whose every connection leaves by the path", runExec},
+		{"pin", "[CGROUP PATH [--kill]]", "hold the processes of a cgroup to a path, or list the pins", pin},
+		{"unpin", "CGROUP", "let them go", unpin},
 		{"reload", "", "have the daemon read its configuration again, as SIGHUP does", reload},
 		{"plan", "[--config F]", "what apply would change, as ip commands", plan},
 		{"apply", "[--config F]", "make addresses, rules and routes as the configuration wants them", apply},
 		{"clean", "[--config F]", "remove all that is ours from the kernel", clean},
-		{"doctor", "[--config F]", "what this host allows and lacks, and the remedies", doctor},
+		{"doctor", "[--config F] [--fix]", "what this host allows and lacks, and the remedies", doctor},
 		{"hash-password", "", "read a password from standard input, print its hash", hashPassword},
 		{"version", "", "print the version", printVersion},
 	}
@@ -71,6 +77,9 @@ func run(e *env, args []string) int {
 	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
 		usage(e.stdout)
 		return exitOK
+	}
+	if args[0] == resolverVerb {
+		return report(e, serveNames(e, args[1:]))
 	}
 	for _, v := range verbs() {
 		if v.name == args[0] {
@@ -113,7 +122,7 @@ func usage(w io.Writer) {
 		fmt.Fprintf(w, "  %-44s %s\n", strings.TrimSpace(v.name+" "+v.args), v.short)
 	}
 	fmt.Fprint(w, "\nMost take --json, --config FILE and --control SOCKET; `wayout COMMAND --help` tells.\n"+
-		"Exit codes: 0 done, 1 failed or refused, 2 usage or configuration.\n")
+		"Exit codes: 0 done, 1 failed or refused, 2 usage or configuration; exec: the command's own, 125 to 127, 128 and a signal.\n")
 }
 
 // flags is a command's flag set with the flags that most commands share.

@@ -35,7 +35,7 @@ user_group:
 server:
   - {name: web, type: http_proxy, listen: 0.0.0.0:3128, escaper: out}          #14
   - {name: two, type: http_proxy, listen: 127.0.0.1:3128, escaper: uot}        #15 #16
-  - {name: six, type: socks_proxy, listen: 127.0.0.1:1080, escaper: out}       #17
+  - {name: six, type: tproxy, interface: lan0, escaper: out}                   #17
 `
 
 // TestAllMistakesAtOnce reads a file with many, by each command that reads
@@ -145,9 +145,9 @@ func TestSingleMistakes(t *testing.T) {
 			"both names of a key", user("password: '" + bcrypt + "', egress_path: {out: 1}, egress_path_id_map: {out: 1}"),
 			`6: user_group[0].users[0].egress_path_id_map: means the same as egress_path on line 6: give one of them, got "egress_path_id_map"`,
 		},
-		{"later key", with("pin: []\n"), `4: pin: not supported by this version, got "pin"`},
-		{"later type", head + "escaper:\n  - {name: out, type: direct_float}\n" + server, `3: escaper[0].type: not supported by this version, got "direct_float"`},
-		{"unknown type", head + "escaper:\n  - {name: out, type: direct, bind_ip: 192.0.2.1}\n" + server, `3: escaper[0].type: want direct_fixed, got "direct"`},
+		{"pin to no path", with("pin: [{cgroup: /a, path: out/none}]\n"), `4: pin[0].path: no node of escaper out has the ID none, got "out/none"`},
+		{"later type", head + "escaper:\n  - {name: out, type: proxy_float}\n" + server, `3: escaper[0].type: not supported by this version, got "proxy_float"`},
+		{"unknown type", head + "escaper:\n  - {name: out, type: direct, bind_ip: 192.0.2.1}\n" + server, `3: escaper[0].type: want direct_fixed, direct_float, route_select, route_mapping, route_failover, route_upstream, route_client, proxy_http, proxy_https or proxy_socks5, got "direct"`},
 		{"switch", with("accounting: perhaps\n"), `4: accounting: want on, off, true or false, got "perhaps"`},
 		{"duration", with("drain_timeout: -1s\n"), `4: drain_timeout: want a time such as 500ms, 30s, 5m or 2h, got "-1s"`},
 		{"duration out of range", with("drain_timeout: 2d\n"), `4: drain_timeout: is out of range 0s to 24h, got "2d"`},

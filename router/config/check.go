@@ -2,9 +2,11 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"math/bits"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -45,9 +47,10 @@ func (d *decoder) finish(c *Config) {
 	for i := range c.Escapers {
 		e := &c.Escapers[i]
 		if d.places[e] != nil && !d.skipped[e] {
-			d.buildNodes(e, uplinks)
+			d.build(e, uplinks)
+			d.checkHealth(e)
 		}
-		if e.Resolver == "" {
+		if e.Resolver == "" && !strings.HasPrefix(e.Type, "route_") {
 			e.Resolver = DefaultResolver
 			if _, ok := known["resolver"][DefaultResolver]; !ok {
 				known["resolver"][DefaultResolver] = 0
@@ -56,8 +59,31 @@ func (d *decoder) finish(c *Config) {
 		}
 		escapers[e.Name] = e
 	}
-	d.checkUsers(c, escapers)
-	d.checkServers(c)
+	edges := d.edges(c)
+	d.checkCycles(c, edges)
+	for i := range c.Escapers {
+		d.checkPeers(&c.Escapers[i], escapers)
+		d.checkUserMatch(c, &c.Escapers[i])
+	}
+	d.checkUsers(c, escapers, uplinks)
+	d.checkServers(c, escapers, edges)
+	d.checkDiverts(c)
+	d.checkPins(c, escapers)
+}
+
+// build makes what an escaper is by its own keys.
+func (d *decoder) build(e *Escaper, uplinks map[string]*Uplink) {
+	switch {
+	case e.Type == "direct_fixed":
+		d.buildNodes(e, uplinks)
+	case e.Type == "direct_float":
+		b := &builder{d: d, e: e, at: d.places[e], uplinks: uplinks}
+		b.pins(&nodeSpec{}, b.at)
+	case strings.HasPrefix(e.Type, "proxy_"):
+		d.buildPeers(e)
+	case strings.HasPrefix(e.Type, "route_"):
+		d.buildRoute(e)
+	}
 }
 
 // names refuses repeated names of a section and returns the line of each name.
@@ -91,22 +117,37 @@ func (d *decoder) checkNetcfg(c *Config) {
 // selectionMap decodes egress_path: a map, or a string that holds it as JSON.
 func (d *decoder) selectionMap(p *place, _ *field, v reflect.Value) {
 	out := v.Addr().Interface().(*selection.Layer)
+	nodes := make(map[string]Inline)
+	*out = d.layer(p, nodes)
+	if len(nodes) > 0 {
+		d.inline[out] = nodes
+	}
+}
+
+// layer decodes a map of selections, and the inline nodes in it into nodes, unless that is nil and they are refused.
+func (d *decoder) layer(p *place, nodes map[string]Inline) selection.Layer {
 	if p.node.Kind == yaml.ScalarNode {
 		s, ok := d.text(p)
 		if !ok {
-			return
+			return nil
 		}
 		l, err := selection.ParseMap([]byte(s))
+		if err != nil && nodes != nil {
+			rest, inline := d.inlineText(p, s)
+			if rest != nil {
+				l, err = selection.ParseMap(rest)
+			}
+			maps.Copy(nodes, inline)
+		}
 		if err != nil {
 			d.fail(p, "want a map of escapers, or a string that holds one as a JSON object: %s", err)
-			return
+			return nil
 		}
-		*out = l
-		return
+		return l
 	}
 	if p.node.Kind != yaml.MappingNode || p.node.ShortTag() != "!!map" {
 		d.fail(p, "want a map of escapers, or a string that holds one as a JSON object")
-		return
+		return nil
 	}
 	seen := make(map[string]int)
 	l := selection.Layer{}
@@ -125,11 +166,34 @@ func (d *decoder) selectionMap(p *place, _ *field, v reflect.Value) {
 			continue
 		}
 		seen[k.Value] = k.Line
+		if at.node.Kind == yaml.MappingNode && at.node.ShortTag() == "!!map" && nodes != nil {
+			nodes[k.Value] = d.inlineMap(at)
+			continue
+		}
 		if val, ok := d.selectionValue(at); ok {
 			l = append(l, selection.Entry{Escaper: k.Value, Value: val})
 		}
 	}
-	*out = l
+	return l
+}
+
+// serverSelect decodes select: a word, or a map of selections.
+func (d *decoder) serverSelect(p *place, _ *field, v reflect.Value) {
+	out := v.Addr().Interface().(*Select)
+	switch s := p.node.Value; {
+	case p.node.Kind == yaml.ScalarNode && (s == "ingress_ip" || s == "port"):
+		if s, ok := d.text(p); ok {
+			*out = Select{Mode: s}
+		}
+	case p.node.Kind == yaml.ScalarNode && !strings.HasPrefix(strings.TrimSpace(s), "{"):
+		if _, ok := d.text(p); ok {
+			d.fail(p, "want ingress_ip, port or a map of escapers")
+		}
+	default:
+		if l := d.layer(p, nil); len(l) > 0 {
+			*out = Select{Mode: "map", Map: l}
+		}
+	}
 }
 
 // selectionValue reads an ID (text) or an index (a number): what JSON would have in their place.
@@ -165,13 +229,17 @@ func (d *decoder) selectionValue(p *place) (selection.Value, bool) {
 }
 
 // checkUsers looks up what the operator's maps name, and makes the matchers of allow_path.
-func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper) {
+func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper, uplinks map[string]*Uplink) {
 	for i := range c.UserGroups {
 		users := c.UserGroups[i].Users
 		names(d, users, func(u *User) string { return u.Name })
+		open := make(map[netip.Prefix]*place) // networks that need no password
 		for j := range users {
 			u := &users[j]
 			p := d.places[u]
+			if p == nil {
+				continue
+			}
 			if strings.Contains(u.Name, ":") {
 				d.fail(d.find(p, "name"), "must hold no colon: Basic authentication ends the name there")
 			}
@@ -179,10 +247,62 @@ func (d *decoder) checkUsers(c *Config, escapers map[string]*Escaper) {
 				u.Allow, _ = selection.ParseGlobs(u.AllowPath) // each one was parsed before
 				d.checkPatterns(d.find(p, "allow_path"), escapers)
 			}
+			d.checkFrom(p, open)
+			operator := d.find(p, "egress_path", "egress_path_id_map")
 			for _, entry := range u.EgressPath {
-				d.checkEntry(d.find(p, "egress_path", "egress_path_id_map"), entry, escapers)
+				d.checkEntry(operator, entry, escapers)
+			}
+			u.Inline = d.inline[&u.EgressPath]
+			for _, name := range slices.Sorted(maps.Keys(u.Inline)) {
+				d.checkInline(operator, name, u.Inline[name], escapers, uplinks)
 			}
 		}
+	}
+}
+
+// checkFrom wants a password or a network of a user, and of the users without a password that each has its own.
+func (d *decoder) checkFrom(p *place, open map[netip.Prefix]*place) {
+	from, password := d.find(p, "from"), d.find(p, "password")
+	switch {
+	case from == nil && password == nil:
+		d.failMissing(p, "password", "is required, or else from")
+		return
+	case from == nil || password != nil:
+		return
+	}
+	for _, at := range d.items(from) {
+		n, bad := parseNetwork(at.node.Value)
+		if at.node.Kind != yaml.ScalarNode || bad != "" {
+			continue // said already
+		}
+		if first := open[n]; first != nil && first != p {
+			d.fail(at, "is a network of the user on line %d too", first.node.Line)
+			continue
+		}
+		open[n] = p
+	}
+}
+
+// checkInline looks up what an inline node is for and what it names.
+func (d *decoder) checkInline(p *place, name string, n Inline, escapers map[string]*Escaper, uplinks map[string]*Uplink) {
+	at, line, value := d.entryAt(p, name)
+	e := escapers[name]
+	switch {
+	case e == nil:
+		d.failGot(at, line, name, "no escaper has this name")
+		return
+	case e.Type == "" || d.skipped[e]:
+		return // said already
+	case e.Type != "direct_float":
+		d.failGot(at, line, "{...}", "a node itself is for a direct_float, and %s is a %s", name, e.Type)
+		return
+	case n.Uplink != "" && uplinks[n.Uplink] == nil:
+		d.failGot(&place{up: at, key: "uplink"}, line, n.Uplink, "no uplink has this name")
+	case n.V6.IsLinkLocalUnicast() && n.Uplink == "" && e.Uplink == "" && e.Interface == "":
+		d.failGot(at, line, n.V6.String(), "a link-local address needs an uplink")
+	}
+	if u := uplinks[n.Uplink]; u != nil && e.Interface != "" && u.Interface != "" && u.Interface != e.Interface {
+		d.failGot(value, line, n.Uplink, "contradicts the escaper's interface %s: the uplink's is %s", e.Interface, u.Interface)
 	}
 }
 
@@ -199,28 +319,29 @@ func (d *decoder) checkPatterns(p *place, escapers map[string]*Escaper) {
 	}
 }
 
-func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[string]*Escaper) {
-	at := &place{up: p, key: entry.Escaper}
-	line := p.node.Line
-	if v := d.find(p, entry.Escaper); v != nil {
-		line = v.node.Line
+// entryAt is where a map of selections at p has the value for an escaper, and that value's line and place.
+func (d *decoder) entryAt(p *place, escaper string) (at *place, line int, value *place) {
+	at = &place{up: p, key: escaper}
+	if v := d.find(p, escaper); v != nil {
+		return at, v.node.Line, v
 	}
+	return at, p.node.Line, at
+}
+
+func (d *decoder) checkEntry(p *place, entry selection.Entry, escapers map[string]*Escaper) {
+	at, line, _ := d.entryAt(p, entry.Escaper)
 	e := escapers[entry.Escaper]
 	if e == nil {
 		d.failGot(at, line, entry.Escaper, "no escaper has this name")
 		return
 	}
 	if b := d.builders[e]; b != nil && !b.selects(entry.Value) {
-		what := "is no node of escaper " + e.Name
-		if !b.broken {
-			what += fmt.Sprintf(" (1 to %d by index, or an ID or address)", len(e.Nodes))
-		}
-		d.failGot(at, line, entry.Value.String(), "%s", what)
+		d.failGot(at, line, entry.Value.String(), "%s", b.what())
 	}
 }
 
-// checkServers holds open proxies and listeners that are in each other's way.
-func (d *decoder) checkServers(c *Config) {
+// checkServers holds open proxies, listeners that are in each other's way, and selections that cannot be.
+func (d *decoder) checkServers(c *Config, escapers map[string]*Escaper, edges map[string][]edge) {
 	taken := make(map[uint16]*port)
 	if m := d.find(d.places[&c.Metrics], "listen"); m != nil && c.Metrics.Listen.IsValid() {
 		d.checkListener(taken, m, c.Metrics.Listen)
@@ -228,19 +349,52 @@ func (d *decoder) checkServers(c *Config) {
 	for i := range c.Servers {
 		s := &c.Servers[i]
 		p := d.places[s]
-		list := d.find(p, "listen")
-		if list == nil || d.skipped[s] {
+		if p == nil || d.skipped[s] {
 			continue
 		}
+		s.ListenNets = d.listenNets[&s.Listen]
+		d.checkSelect(s, p, escapers, edges)
+		d.checkDivertedUsers(c, s, p)
+		if at := d.find(p, "username_params"); s.UsernameParams && d.find(p, "user_group") == nil {
+			d.fail(at, "needs a user_group: without one nobody has a user name")
+		}
+		list := d.find(p, "listen")
+		if list == nil {
+			continue
+		}
+		d.checkListenNets(s, p)
 		for _, at := range d.items(list) {
-			ap, bad := parseListen(at.node.Value)
+			l, bad := parseListen(at.node.Value)
 			if at.node.Kind != yaml.ScalarNode || bad != "" {
 				continue // said already
 			}
-			d.checkListener(taken, at, ap)
-			if !s.Open && d.find(p, "user_group") == nil && !ap.Addr().IsLoopback() {
+			for n := range l.count {
+				if !d.checkListener(taken, at, netip.AddrPortFrom(l.first.Addr(), l.first.Port()+uint16(n))) {
+					break // one error for a range
+				}
+			}
+			if !s.Open && d.find(p, "user_group") == nil && !l.first.Addr().IsLoopback() {
 				d.fail(at, "without user_group only loopback addresses are listened on, unless open: true says that an open proxy is meant")
 			}
+		}
+	}
+}
+
+// checkSelect looks up what select names, among the escapers that the server's requests pass.
+func (d *decoder) checkSelect(s *Server, p *place, escapers map[string]*Escaper, edges map[string][]edge) {
+	at := d.find(p, "select")
+	if s.Select.Mode == "port" && s.ports() == 1 {
+		d.fail(at, "needs a range of ports in listen, or several of them")
+	}
+	if len(s.Select.Map) == 0 {
+		return
+	}
+	passed := passes(s.Escaper, edges)
+	for _, entry := range s.Select.Map {
+		d.checkEntry(at, entry, escapers)
+		if escapers[entry.Escaper] != nil && escapers[s.Escaper] != nil && !passed[entry.Escaper] {
+			where, line, _ := d.entryAt(at, entry.Escaper)
+			d.failGot(where, line, entry.Escaper, "no request of this server passes this escaper: it begins at %s", s.Escaper)
 		}
 	}
 }
@@ -253,9 +407,10 @@ type port struct {
 	some       string // on some address
 }
 
-func (d *decoder) checkListener(taken map[uint16]*port, at *place, ap netip.AddrPort) {
+// checkListener notes who listens where. false: another does.
+func (d *decoder) checkListener(taken map[uint16]*port, at *place, ap netip.AddrPort) bool {
 	if ap.Port() == 0 {
-		return
+		return true
 	}
 	t := taken[ap.Port()]
 	if t == nil {
@@ -277,7 +432,7 @@ func (d *decoder) checkListener(taken map[uint16]*port, at *place, ap netip.Addr
 	}
 	if other != "" {
 		d.fail(at, "is listened on by %s already", other)
-		return
+		return false
 	}
 	me := fmt.Sprintf("%s (line %s)", at, strconv.Itoa(at.node.Line))
 	t.exact[a], t.some = me, me
@@ -289,4 +444,5 @@ func (d *decoder) checkListener(taken map[uint16]*port, at *place, ap netip.Addr
 	case a.Is4():
 		t.some4 = me
 	}
+	return true
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"reflect"
 	"slices"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"wayout/selection"
 )
 
 // A Loader reads configurations, with the checks that are others' knowledge. The zero value makes none of them.
@@ -77,12 +80,16 @@ type decoder struct {
 	kinds    map[string]kind
 	places   map[any]*place // of each struct but nodes, by pointer
 	specs    map[*[]Node][]nodeSpec
+	inline   map[*selection.Layer]map[string]Inline // the nodes that a map of selections holds
+	listened int                                    // ports, of all servers
 	refs     []ref
 	builders map[*Escaper]*builder
 	skipped  map[any]bool // structs of a type that is not supported yet
-	aliased  int
-	nodes    int
-	spent    bool // one of the bounds was reached, and that was said
+	// listenNets are the prefixes of a listen, by the rest of it.
+	listenNets map[*[]netip.AddrPort][]ListenNet
+	aliased    int
+	nodes      int
+	spent      bool // one of the bounds was reached, and that was said
 }
 
 func newDecoder(file string) *decoder {
@@ -92,9 +99,11 @@ func newDecoder(file string) *decoder {
 		kinds:  kinds(),
 		places: make(map[any]*place),
 		specs:  make(map[*[]Node][]nodeSpec),
+		inline: make(map[*selection.Layer]map[string]Inline),
 
-		skipped:  make(map[any]bool),
-		builders: make(map[*Escaper]*builder),
+		skipped:    make(map[any]bool),
+		listenNets: make(map[*[]netip.AddrPort][]ListenNet),
+		builders:   make(map[*Escaper]*builder),
 	}
 }
 
@@ -103,8 +112,11 @@ func (d *decoder) fresh() *Config {
 	return d.table(reflect.TypeFor[Config]()).defaults.Addr().Interface().(*Config)
 }
 
-func newWithDefaults[T any]() *T {
-	return newDecoder("").table(reflect.TypeFor[T]()).defaults.Addr().Interface().(*T)
+// newWithDefaults returns a struct of defaults, of a type of the file.
+func newWithDefaults[T any](typ string) *T {
+	t := newDecoder("").table(reflect.TypeFor[T]())
+	t.reset(t.defaults, typ)
+	return t.defaults.Addr().Interface().(*T)
 }
 
 // A place is a value in the file and the way to it.
@@ -242,7 +254,7 @@ func got(n *yaml.Node) string {
 // A table is what a struct's tags say.
 type table struct {
 	fields   []field
-	byKey    map[string]int // aliases too
+	byKey    map[string][]int // aliases too; several fields where types differ in what a key means
 	later    map[string]bool
 	defaults reflect.Value // a struct of defaults, addressable
 }
@@ -250,7 +262,7 @@ type table struct {
 type field struct {
 	index                                     int
 	key, alias, word, unit, def, meaning, ref string
-	of, later                                 []string
+	of, later, types                          []string
 	min, max                                  string
 	required                                  bool
 	decode                                    func(*decoder, *place, *field, reflect.Value)
@@ -262,7 +274,7 @@ func (d *decoder) table(t reflect.Type) *table {
 	if have := d.tables[t]; have != nil {
 		return have
 	}
-	out := &table{byKey: make(map[string]int), later: make(map[string]bool), defaults: reflect.New(t).Elem()}
+	out := &table{byKey: make(map[string][]int), later: make(map[string]bool), defaults: reflect.New(t).Elem()}
 	d.tables[t] = out
 	for i := range t.NumField() {
 		sf := t.Field(i)
@@ -279,7 +291,7 @@ func (d *decoder) table(t reflect.Type) *table {
 		f := field{
 			index: i, key: key, alias: sf.Tag.Get("alias"), word: sf.Tag.Get("type"), unit: sf.Tag.Get("unit"),
 			def: sf.Tag.Get("default"), meaning: sf.Tag.Get("meaning"), ref: sf.Tag.Get("ref"),
-			of: strings.Fields(sf.Tag.Get("of")), later: strings.Fields(sf.Tag.Get("later")),
+			of: strings.Fields(sf.Tag.Get("of")), later: strings.Fields(sf.Tag.Get("later")), types: strings.Fields(sf.Tag.Get("for")),
 			min: sf.Tag.Get("min"), max: sf.Tag.Get("max"), required: sf.Tag.Get("required") == "yes",
 		}
 		switch {
@@ -297,9 +309,9 @@ func (d *decoder) table(t reflect.Type) *table {
 		default:
 			f.word, f.sub, f.decode = "list of maps", sf.Type.Elem(), (*decoder).sublist
 		}
-		out.byKey[key] = len(out.fields)
+		out.byKey[key] = append(out.byKey[key], len(out.fields))
 		if f.alias != "" {
-			out.byKey[f.alias] = len(out.fields)
+			out.byKey[f.alias] = append(out.byKey[f.alias], len(out.fields))
 		}
 		out.fields = append(out.fields, f)
 	}
@@ -316,11 +328,24 @@ func (d *decoder) table(t reflect.Type) *table {
 	return out
 }
 
+// belongs says whether structs of this type have the field.
+func (f *field) belongs(typ string) bool { return len(f.types) == 0 || slices.Contains(f.types, typ) }
+
 // defaultNode is a default's text as the parser would give it.
 func defaultNode(text string) *yaml.Node {
 	n := &yaml.Node{Kind: yaml.ScalarNode, Value: text, Line: 1}
 	n.Tag = n.ShortTag()
 	return n
+}
+
+// reset makes v the defaults of a type: zero where the type has no such key.
+func (t *table) reset(v reflect.Value, typ string) {
+	v.Set(t.defaults)
+	for i := range t.fields {
+		if f := &t.fields[i]; typ != "" && !f.belongs(typ) {
+			v.Field(f.index).SetZero()
+		}
+	}
 }
 
 func (d *decoder) submap(p *place, _ *field, v reflect.Value) { d.structure(p, v) }
@@ -354,7 +379,8 @@ func (d *decoder) structure(p *place, v reflect.Value) {
 		return
 	}
 	t := d.table(v.Type())
-	v.Set(t.defaults)
+	typ := d.typeOf(p, t)
+	t.reset(v, typ)
 	if v.Type() != reflect.TypeFor[nodeSpec]() {
 		d.places[v.Addr().Interface()] = p
 	}
@@ -368,7 +394,7 @@ func (d *decoder) structure(p *place, v reflect.Value) {
 		if k.Kind == yaml.AliasNode {
 			k = k.Alias
 		}
-		f := d.keyed(p, t, k)
+		f := d.keyed(p, t, k, typ)
 		if f < 0 {
 			continue
 		}
@@ -386,14 +412,29 @@ func (d *decoder) structure(p *place, v reflect.Value) {
 		t.fields[f].decode(d, fp, &t.fields[f], v.Field(t.fields[f].index))
 	}
 	for i := range t.fields {
-		if t.fields[i].required && seen[i] == nil && !d.spent {
-			d.failMissing(p, t.fields[i].key, "is required")
+		f := &t.fields[i]
+		if f.required && seen[i] == nil && !d.spent && f.belongs(typ) {
+			d.failMissing(p, f.key, "is required")
 		}
 	}
 }
 
-// keyed returns the field of a key in the file, or -1 after it has said what is wrong with the key.
-func (d *decoder) keyed(p *place, t *table, k *yaml.Node) int {
+// typeOf returns the type of the struct at p, or "" when it has none that is known.
+func (d *decoder) typeOf(p *place, t *table) string {
+	i := t.byKey["type"]
+	if len(i) == 0 {
+		return ""
+	}
+	tp := d.find(p, "type")
+	if tp == nil || tp.node.Kind != yaml.ScalarNode || !slices.Contains(t.fields[i[0]].of, tp.node.Value) {
+		return ""
+	}
+	return tp.node.Value
+}
+
+// keyed returns the field of a key in the file, or -1 after it has said what is wrong with the key. Where the type is not
+// known, what a key means may not be either: then nothing is said of it.
+func (d *decoder) keyed(p *place, t *table, k *yaml.Node, typ string) int {
 	if k.Kind != yaml.ScalarNode {
 		d.failGot(p, k.Line, got(k), "a key has to be a word")
 		return -1
@@ -402,8 +443,18 @@ func (d *decoder) keyed(p *place, t *table, k *yaml.Node) int {
 		d.failGot(&place{up: p, key: k.Value}, k.Line, k.Value, "merge keys are not supported: write the keys out")
 		return -1
 	}
-	if f, ok := t.byKey[k.Value]; ok {
-		return f
+	fields := t.byKey[k.Value]
+	if typ == "" && len(fields) > 1 {
+		return -1
+	}
+	for _, f := range fields {
+		if typ == "" || t.fields[f].belongs(typ) {
+			return f
+		}
+	}
+	if len(fields) > 0 {
+		d.failGot(&place{up: p, key: k.Value}, k.Line, k.Value, "is not a key of %s", typ)
+		return -1
 	}
 	if spilled(p, k) {
 		return -1
@@ -413,7 +464,7 @@ func (d *decoder) keyed(p *place, t *table, k *yaml.Node) int {
 		d.failGot(kp, k.Line, k.Value, "not supported by this version")
 		return -1
 	}
-	if near := nearest(k.Value, t); near != "" {
+	if near := nearest(k.Value, t, typ); near != "" {
 		d.failGot(kp, k.Line, k.Value, "unknown key (perhaps %s is meant)", near)
 		return -1
 	}
@@ -439,20 +490,20 @@ func spilled(p *place, k *yaml.Node) bool {
 // tooNew says whether the map at p is of a type that this version does not support: its other keys are then not looked
 // at, save for the name, which others may refer to.
 func (d *decoder) tooNew(p *place, t *table, v reflect.Value) bool {
-	i, ok := t.byKey["type"]
-	if !ok {
+	i := t.byKey["type"]
+	if len(i) == 0 {
 		return false
 	}
 	tp := d.find(p, "type")
 	if tp == nil || tp.node.Kind != yaml.ScalarNode {
 		return false
 	}
-	for _, word := range t.fields[i].later {
+	for _, word := range t.fields[i[0]].later {
 		if tp.node.Value == word {
 			d.fail(tp, "not supported by this version")
 			d.skipped[v.Addr().Interface()] = true
 			if np := d.find(p, "name"); np != nil {
-				f := &t.fields[t.byKey["name"]]
+				f := &t.fields[t.byKey["name"][0]]
 				f.decode(d, np, f, v.Field(f.index))
 			}
 			return true
@@ -462,14 +513,14 @@ func (d *decoder) tooNew(p *place, t *table, v reflect.Value) bool {
 }
 
 // nearest returns a known key that differs from the given one in at most two places, for who mistyped it.
-func nearest(key string, t *table) string {
+func nearest(key string, t *table, typ string) string {
 	best, dist := "", 3
 	if len(key) > 40 {
 		return ""
 	}
 	for i := range t.fields {
 		k := t.fields[i].key
-		if n := distance(key, k); n < dist && n < len(k)-1 {
+		if n := distance(key, k); n < dist && n < len(k)-1 && (typ == "" || t.fields[i].belongs(typ)) {
 			best, dist = k, n
 		}
 	}

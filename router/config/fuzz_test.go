@@ -26,6 +26,14 @@ func FuzzParse(f *testing.F) {
 		"escaper: [{name: out, type: direct_fixed, nodes: [{id: 192.0.2.9, ipv4: 192.0.2.1}, {ipv4: 192.0.2.9}]}]",
 		"escaper: [{name: out, type: direct_fixed, nodes: [{id: a, ipv4: 192.0.2.1-192.0.2.3, ipv6: '2001:db8::1-2001:db8::3'}, {interface: x, id: b}]}]",
 		"user_group: [{name: g, users: [{name: u, password: x, egress_path: {out: 1, *a : 2}}]}]",
+		"escaper: [{name: out, type: direct_fixed, bind_ip: [10.0.0.0/24, 10.0.0.7, 10.0.0.0/30, '2001:db8::/64', 192.0.2.0/31]}]",
+		"escaper: [{name: a, type: route_select, next: [b, {escaper: a, weight: 0}]}, {name: b, type: route_failover, next: [a]}]",
+		"escaper: [{name: a, type: route_upstream, exact_match: [{next: f, hosts: [x.y, 192.0.2.1]}], regex_match: [{next: f, regexes: ['(']}], default_next: f}, {name: f, type: direct_float}]",
+		"escaper: [{name: a, type: route_client, user_match: [{next: p, users: u}], subnet_match: [{next: p, subnets: 10.0.0.0/8}], default_next: p}, {name: p, type: proxy_https, tls_name: X, nodes: [{addr: '[2001:db8::1]:1'}, {addr: 'x:1', username: a, password: b, path: q/r}]}]",
+		"escaper: [{name: f, type: direct_float}]\nuser_group: [{name: g, users: [{name: u, from: 10.0.0.0/8, egress_path: {f: {ip: 192.0.2.1, expire: 2030-01-01T00:00:00Z, a: b}}}]}]",
+		"escaper: [{name: f, type: direct_float}]\nuser_group: [{name: g, users: [{name: u, from: 10.0.0.0/8, egress_path: '{\"f\": {\"ip\": \"192.0.2.1\"}, \"f\": 1}', limits: {rate: 1/h, bandwidth: 9kbit}}]}]",
+		"escaper: [{name: f, type: direct_float}]\nserver: [{name: s, type: socks_proxy, listen: '127.0.0.1:1-9', select: port, escaper: f}, {name: m, type: mixed_proxy, listen: [':0'], open: on, select: '{\"f\":1}', escaper: f}]",
+		"resolver: [{name: r, type: dns, server: [::1, '[::1]:5', 192.0.2.1:53], hosts: {a: 1.2.3.4, A.: [::1], '': []}, query_case: off}]",
 		"#\n # \n\t#", "a: |\n  x\n # c\n b: 1", "drain_timeout: 1e309", "netcfg: {mark_mask: 0x}",
 	} {
 		f.Add([]byte(s))
@@ -50,7 +58,16 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, e := range c.Escapers {
-			if e.Resolver == "" || e.Name == "" || len(e.Nodes) == 0 {
+			var members int
+			switch {
+			case e.Type == "direct_float":
+				members = 1 // that come later
+			case strings.HasPrefix(e.Type, "route_"):
+				members = len(e.NextNames())
+			default:
+				members = len(e.Nodes) + len(e.Peers)
+			}
+			if e.Name == "" || members == 0 || (e.Resolver == "") != strings.HasPrefix(e.Type, "route_") {
 				t.Fatalf("half an escaper: %+v", e)
 			}
 			nodes := make([]selection.Node, len(e.Nodes))

@@ -25,30 +25,57 @@ type kind struct {
 // kinds is the list of type words. A value is refused by d.fail, and v then keeps its default.
 func kinds() map[string]kind {
 	return map[string]kind{
-		"name":          {decode: (*decoder).name},
-		"switch":        {decode: (*decoder).toggle},
-		"number":        {decode: (*decoder).number},
-		"size":          {decode: (*decoder).size, unit: "bytes; KiB, MiB, KB, MB"},
-		"duration":      {decode: (*decoder).duration, unit: "seconds; ms, s, m, h, d"},
-		"one of":        {decode: (*decoder).oneOf},
-		"index":         {decode: (*decoder).index},
-		"level":         {decode: (*decoder).level},
-		"pick policy":   {decode: (*decoder).policy},
-		"socket path":   {decode: (*decoder).socketPath},
-		"interface":     {decode: (*decoder).interfaceName},
-		"header name":   {decode: (*decoder).headerName},
-		"hash":          {decode: (*decoder).hash},
-		"ipv4":          {decode: (*decoder).gateway},
-		"ipv6":          {decode: (*decoder).gateway},
-		"ip:port":       {decode: (*decoder).listen},
-		"ip:port list":  {decode: (*decoder).listens},
-		"networks":      {decode: (*decoder).rules},
-		"ipv4 or range": {decode: (*decoder).nodeSpan},
-		"ipv6 or range": {decode: (*decoder).nodeSpan},
-		"addresses":     {decode: (*decoder).bindIP},
-		"list of nodes": {decode: (*decoder).nodeSpecs, sub: reflect.TypeFor[nodeSpec]()},
-		"selection map": {decode: (*decoder).selectionMap},
-		"path patterns": {decode: (*decoder).patterns},
+		"name":                  {decode: (*decoder).name},
+		"switch":                {decode: (*decoder).toggle},
+		"number":                {decode: (*decoder).number},
+		"size":                  {decode: (*decoder).size, unit: "bytes; KiB, MiB, KB, MB"},
+		"duration":              {decode: (*decoder).duration, unit: "seconds; ms, s, m, h, d"},
+		"one of":                {decode: (*decoder).oneOf},
+		"index":                 {decode: (*decoder).index},
+		"level":                 {decode: (*decoder).level},
+		"pick policy":           {decode: (*decoder).policy},
+		"socket path":           {decode: (*decoder).socketPath},
+		"interface":             {decode: (*decoder).interfaceName},
+		"header name":           {decode: (*decoder).headerName},
+		"hash":                  {decode: (*decoder).hash},
+		"ipv4":                  {decode: (*decoder).gateway},
+		"ipv6":                  {decode: (*decoder).gateway},
+		"ip:port":               {decode: (*decoder).listen},
+		"ip:port list":          {decode: (*decoder).listens},
+		"interfaces":            {decode: (*decoder).interfaceNames},
+		"diverted ports":        {decode: (*decoder).diverts},
+		"networks":              {decode: (*decoder).rules},
+		"ipv4, range or prefix": {decode: (*decoder).nodeSpan},
+		"ipv6, range or prefix": {decode: (*decoder).nodeSpan},
+		"addresses":             {decode: (*decoder).bindIP},
+		"list of nodes":         {decode: (*decoder).nodeSpecs, sub: reflect.TypeFor[nodeSpec]()},
+		"selection map":         {decode: (*decoder).selectionMap},
+		"path patterns":         {decode: (*decoder).patterns},
+		"file path":             {decode: (*decoder).filePath},
+
+		"name servers":     {decode: (*decoder).nameServers},
+		"map of addresses": {decode: (*decoder).hosts},
+		"host":             {decode: (*decoder).host},
+		"host:port":        {decode: (*decoder).hostPort},
+		"url":              {decode: (*decoder).url},
+		"public addresses": {decode: (*decoder).publicAddrs},
+		"network list":     {decode: (*decoder).networks},
+		"credential":       {decode: (*decoder).credential},
+		"path":             {decode: (*decoder).path},
+		"rate":             {decode: (*decoder).rate, unit: "per second; /s, /m, /h"},
+		"bandwidth":        {decode: (*decoder).bandwidth, unit: "bit/s; kbit/s, Mbit/s, Gbit/s"},
+		"server selection": {decode: (*decoder).serverSelect},
+
+		"list of escapers":    {decode: (*decoder).nexts, sub: reflect.TypeFor[Next]()},
+		"host rules":          {decode: (*decoder).hostRules, sub: reflect.TypeFor[exactRule]()},
+		"domain rules":        {decode: (*decoder).hostRules, sub: reflect.TypeFor[domainRule]()},
+		"regex rules":         {decode: (*decoder).hostRules, sub: reflect.TypeFor[regexRule]()},
+		"user rules":          {decode: (*decoder).hostRules, sub: reflect.TypeFor[userRule]()},
+		"hosts":               {decode: textKind(parseHost).decode},
+		"domains":             {decode: textKind(parseHostName).decode},
+		"regular expressions": {decode: textKind(parseRegex).decode},
+		"user names":          {decode: textKind(parseUserName).decode},
+		"cgroup":              {decode: (*decoder).cgroup},
 	}
 }
 
@@ -297,12 +324,19 @@ func (d *decoder) interfaceName(p *place, _ *field, v reflect.Value) {
 	if !ok {
 		return
 	}
-	// IFNAMSIZ less its end, and what the kernel's dev_valid_name refuses.
-	if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r\x00") {
-		d.fail(p, "want the name of a network interface: 1 to 15 bytes without slash, colon and space")
+	if bad := badInterface(s); bad != "" {
+		d.fail(p, "%s", bad)
 		return
 	}
 	v.SetString(s)
+}
+
+func badInterface(s string) string {
+	// IFNAMSIZ less its end, and what the kernel's dev_valid_name refuses.
+	if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r\x00") {
+		return "want the name of a network interface: 1 to 15 bytes without slash, colon and space"
+	}
+	return ""
 }
 
 // headerName reads an HTTP field name (RFC 9110 section 5.1) that wayout can take off a request without harm.
@@ -415,46 +449,65 @@ func parseAddr(s string) (a netip.Addr, bad string) {
 	return a, ""
 }
 
-// parseListen reads IP:PORT, :PORT or PORT.
-func parseListen(s string) (netip.AddrPort, string) {
-	const want = "want IP:PORT, or :PORT for all addresses"
-	host, port := "", s
-	if i := strings.LastIndexByte(s, ':'); i >= 0 {
-		host, port = s[:i], s[i+1:]
-	}
-	n, ok := parseNumber(port)
-	if !ok || strings.HasPrefix(port, "0x") {
-		return netip.AddrPort{}, want
-	}
-	if n > 65535 {
-		return netip.AddrPort{}, "a port is 0 to 65535"
-	}
-	if host == "" {
-		return netip.AddrPortFrom(netip.IPv6Unspecified(), uint16(n)), ""
-	}
-	ap, err := netip.ParseAddrPort(s)
-	switch {
-	case err != nil:
-		return netip.AddrPort{}, want
-	case ap.Addr().Is4In6():
-		return netip.AddrPort{}, "write the IPv4 address as " + ap.Addr().Unmap().String()
-	case ap.Addr().IsMulticast():
-		return netip.AddrPort{}, "a multicast address cannot be listened on"
-	}
-	return ap, ""
+// A listen is an address with one port, or with count of them in a row.
+type listen struct {
+	first netip.AddrPort
+	count int
 }
 
-func (d *decoder) listenAt(p *place) (netip.AddrPort, bool) {
+// parseListen reads IP:PORT, :PORT or PORT, with LOW-HIGH in the place of PORT for a range.
+func parseListen(s string) (listen, string) {
+	const want = "want IP:PORT, or :PORT for all addresses"
+	host, port := "", s
+	colon := strings.LastIndexByte(s, ':')
+	if colon >= 0 {
+		host, port = s[:colon], s[colon+1:]
+	}
+	from, to, ranged := strings.Cut(port, "-")
+	if !ranged {
+		to = from
+	}
+	low, ok := parseNumber(from)
+	high, ok2 := parseNumber(to)
+	if !ok || !ok2 || strings.Contains(port, "0x") {
+		return listen{}, want
+	}
+	switch {
+	case low > 65535 || high > 65535:
+		return listen{}, "a port is 0 to 65535"
+	case ranged && low == 0:
+		return listen{}, "a range of ports begins at 1 or above"
+	case high < low:
+		return listen{}, "the range ends before it begins"
+	}
+	out := listen{netip.AddrPortFrom(netip.IPv6Unspecified(), uint16(low)), int(high-low) + 1}
+	if host == "" {
+		return out, ""
+	}
+	ap, err := netip.ParseAddrPort(s[:colon+1] + from)
+	switch {
+	case err != nil:
+		return listen{}, want
+	case ap.Addr().Is4In6():
+		return listen{}, "write the IPv4 address as " + ap.Addr().Unmap().String()
+	case ap.Addr().IsMulticast():
+		return listen{}, "a multicast address cannot be listened on"
+	}
+	out.first = ap
+	return out, ""
+}
+
+func (d *decoder) listenAt(p *place) (listen, bool) {
 	s, ok := d.text(p)
 	if !ok {
-		return netip.AddrPort{}, false
+		return listen{}, false
 	}
-	ap, bad := parseListen(s)
+	l, bad := parseListen(s)
 	if bad != "" {
 		d.fail(p, "%s", bad)
-		return netip.AddrPort{}, false
+		return listen{}, false
 	}
-	return ap, true
+	return l, true
 }
 
 // listen reads one address. PORT alone would mean all of them, with nobody having written that.
@@ -463,10 +516,18 @@ func (d *decoder) listen(p *place, _ *field, v reflect.Value) {
 		d.fail(p, "a port alone is not enough: want IP:PORT, or :PORT for all addresses, where everyone who can connect is answered")
 		return
 	}
-	if ap, ok := d.listenAt(p); ok {
-		v.Set(reflect.ValueOf(ap))
+	l, ok := d.listenAt(p)
+	switch {
+	case !ok:
+	case l.count > 1:
+		d.fail(p, "want one port")
+	default:
+		v.Set(reflect.ValueOf(l.first))
 	}
 }
+
+// maxListened is how many ports a file may listen on.
+const maxListened = 1 << 16
 
 func (d *decoder) listens(p *place, _ *field, v reflect.Value) {
 	var out []netip.AddrPort
@@ -475,8 +536,24 @@ func (d *decoder) listens(p *place, _ *field, v reflect.Value) {
 		d.fail(p, "want at least one address")
 	}
 	for _, ip := range items {
-		if ap, ok := d.listenAt(ip); ok {
-			out = append(out, ap)
+		if strings.Contains(ip.node.Value, "/") {
+			if n, ok := d.listenNet(ip); ok {
+				list := v.Addr().Interface().(*[]netip.AddrPort)
+				d.listenNets[list] = append(d.listenNets[list], n)
+			}
+			continue
+		}
+		l, ok := d.listenAt(ip)
+		if !ok || d.spent {
+			continue
+		}
+		if d.listened += l.count; d.listened > maxListened {
+			d.spent = true
+			d.fail(ip, "the file listens on more than %d ports", maxListened)
+			return
+		}
+		for n := range l.count {
+			out = append(out, netip.AddrPortFrom(l.first.Addr(), l.first.Port()+uint16(n)))
 		}
 	}
 	v.Set(reflect.ValueOf(out))

@@ -1,18 +1,22 @@
 package config
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 
 	"wayout/selection"
 )
 
-// A span is a run of addresses, both ends included; one address when they are equal. The zero span is none.
+// A span is a run of addresses, both ends included; one address when they are equal. The zero span is none. A span with
+// net is that whole prefix, for one node, and first and last are its address.
 type span struct {
 	first, last netip.Addr
+	net         netip.Prefix
 }
 
 func (s span) len() int {
@@ -54,14 +58,56 @@ func badNodeAddr(a netip.Addr) string {
 	return ""
 }
 
-// parseSpan reads ADDRESS or FIRST-LAST.
-func parseSpan(s string) (span, string) {
-	if _, length, ok := strings.Cut(s, "/"); ok {
-		bad := "a whole prefix is not supported by this version: want an address"
-		if strings.Trim(length, "0123456789") == "" {
-			bad += " without /" + length
+// The lengths that a prefix node may have. What is longer is spelled out, as a range is.
+const (
+	minBits4, maxBits4 = 8, 30
+	minBits6, maxBits6 = 48, 124
+)
+
+// parseNet reads a prefix.
+func parseNet(s string) (span, string) {
+	n, err := netip.ParsePrefix(s)
+	if err != nil {
+		return span{}, "want an address, FIRST-LAST or a prefix"
+	}
+	shortest, longest := minBits6, maxBits6
+	if n.Addr().Is4() {
+		shortest, longest = minBits4, maxBits4
+	}
+	switch {
+	case n.Addr().Is4In6():
+		return span{}, "write the IPv4 prefix as IPv4"
+	case n.Bits() < shortest:
+		return span{}, fmt.Sprintf("a prefix is at most a /%d", shortest)
+	case n != n.Masked():
+		return span{}, fmt.Sprintf("has bits beyond its length, perhaps %s", n.Masked())
+	}
+	last := lastOf(n)
+	for _, a := range [...]netip.Addr{n.Addr(), last} {
+		if bad := badNodeAddr(a); bad != "" {
+			return span{}, bad
 		}
-		return span{}, bad
+	}
+	if n.Bits() > longest {
+		return span{first: n.Addr(), last: last}, ""
+	}
+	return span{first: n.Addr(), last: n.Addr(), net: n}, ""
+}
+
+// lastOf is the last address of a prefix.
+func lastOf(n netip.Prefix) netip.Addr {
+	a := n.Addr().AsSlice()
+	for i := n.Bits(); i < 8*len(a); i++ {
+		a[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(a)
+	return last
+}
+
+// parseSpan reads ADDRESS, FIRST-LAST or a prefix.
+func parseSpan(s string) (span, string) {
+	if strings.Contains(s, "/") {
+		return parseNet(s)
 	}
 	from, to, ranged := strings.Cut(s, "-")
 	first, bad := parseAddr(strings.TrimSpace(from))
@@ -69,7 +115,7 @@ func parseSpan(s string) (span, string) {
 		bad = badNodeAddr(first)
 	}
 	if bad != "" || !ranged {
-		return span{first, first}, bad
+		return span{first: first, last: first}, bad
 	}
 	last, bad := parseAddr(strings.TrimSpace(to))
 	switch {
@@ -85,7 +131,7 @@ func parseSpan(s string) (span, string) {
 	if _, ok := between(first, last); !ok {
 		return span{}, fmt.Sprintf("a range has at most %d addresses", maxRange)
 	}
-	return span{first, last}, ""
+	return span{first: first, last: last}, ""
 }
 
 func (d *decoder) spanAt(p *place) (span, bool) {
@@ -142,7 +188,7 @@ func (d *decoder) bindIP(p *place, _ *field, v reflect.Value) {
 	out := v.Addr().Interface().(*[]netip.Addr)
 	for _, ip := range items {
 		sp, ok := d.spanAt(ip)
-		if !ok || !d.room(ip, sp.len()) {
+		if !ok || !d.room(ip, sp.len()) || sp.net.IsValid() {
 			continue
 		}
 		a := sp.first
@@ -174,6 +220,7 @@ type builder struct {
 	uplinks map[string]*Uplink
 	ids     map[string]*place     // whose ID it is
 	owner   map[netip.Addr]*place // whose address it is
+	nets    []ownedNet            // whose prefix it is; after overlaps: sorted, and none within another
 	pinned  bool                  // a contradiction of the escaper's own pins was reported
 
 	// What could not be read of the nodes: a selection is not held against them then.
@@ -182,7 +229,13 @@ type builder struct {
 	pool             *selection.Pool
 }
 
-// buildNodes makes e.Nodes of nodes, bind_ip or interface.
+// An ownedNet is a prefix of the node at node, written at value.
+type ownedNet struct {
+	net         netip.Prefix
+	node, value *place
+}
+
+// buildNodes makes e.Nodes of nodes, bind_ip or interface, for a direct_fixed.
 func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
 	p := d.places[e]
 	specs := d.specs[&e.Nodes]
@@ -202,10 +255,12 @@ func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
 		for i := range specs {
 			b.spec(&specs[i])
 		}
+		b.overlaps()
 		b.addressIDs(specs)
 	case bind != nil:
 		e.Nodes = make([]Node, 0, n)
 		b.bind(bind)
+		b.overlaps()
 	case e.Interface != "":
 		id := e.Interface
 		if badName(id) != "" {
@@ -214,7 +269,7 @@ func (d *decoder) buildNodes(e *Escaper, uplinks map[string]*Uplink) {
 		if up, iface := b.pins(&nodeSpec{}, p); d.room(p, 1) {
 			b.add(&Node{ID: id, Interface: iface, Uplink: up, Weight: 1}, p, p, p)
 		}
-	case d.find(p, "interface") == nil && e.Type != "":
+	case d.find(p, "interface") == nil:
 		d.failMissing(p, "nodes", "is required, or else bind_ip or interface")
 	}
 }
@@ -263,11 +318,8 @@ func (b *builder) spec(s *nodeSpec) {
 		if s.ID != "" {
 			b.ids[s.ID] = at
 		}
-		for _, a := range [...]netip.Addr{s.IPv4.first, s.IPv6.first} {
-			if a.IsValid() {
-				b.owner[a] = at
-			}
-		}
+		b.note(at, at4, s.IPv4)
+		b.note(at, at6, s.IPv6)
 		return
 	case n4 == 0 && n6 == 0 && iface == "":
 		b.broken, b.lostID = true, b.lostID || s.ID == ""
@@ -286,21 +338,25 @@ func (b *builder) spec(s *nodeSpec) {
 		return
 	}
 	n := max(n4, n6, 1)
+	if whole := s.IPv4.net.IsValid() || s.IPv6.net.IsValid(); n > 1 || whole {
+		if eip := d.find(at, "eip"); eip != nil {
+			d.fail(eip, "is for a node of one address of a family, and this one is a range or a prefix")
+		}
+	}
 	if !d.room(at, n) {
 		return
 	}
-	a4, a6 := s.IPv4.first, s.IPv6.first
+	a4, a6 := s.IPv4.addr(), s.IPv6.addr()
 	for range n {
-		node := Node{ID: s.ID, IPv4: a4, IPv6: a6, Interface: iface, Uplink: uplink, Weight: s.Weight}
-		name := a4
-		if n4 == 0 {
-			name = a6
+		node := Node{
+			ID: s.ID, IPv4: a4, IPv6: a6, Net4: s.IPv4.net, Net6: s.IPv6.net,
+			Interface: iface, Uplink: uplink, Weight: s.Weight, EIP: s.EIP,
 		}
 		switch {
 		case s.ID == "":
-			node.ID = name.String()
+			node.ID = node.source()
 		case n > 1:
-			node.ID = s.ID + "/" + name.String()
+			node.ID = s.ID + "/" + node.source()
 		}
 		if !b.add(&node, at, at4, at6) {
 			return // one error for a range
@@ -315,7 +371,38 @@ func (b *builder) spec(s *nodeSpec) {
 	}
 }
 
-// bind adds a node for each address of bind_ip.
+// addr is the first address of a span that is no prefix.
+func (s span) addr() netip.Addr {
+	if s.net.IsValid() {
+		return netip.Addr{}
+	}
+	return s.first
+}
+
+// source is the address or prefix of a node, the IPv4 one when it has both.
+func (n *Node) source() string {
+	switch {
+	case n.IPv4.IsValid():
+		return n.IPv4.String()
+	case n.Net4.IsValid():
+		return n.Net4.String()
+	case n.IPv6.IsValid():
+		return n.IPv6.String()
+	}
+	return n.Net6.String()
+}
+
+// note remembers whose a span is, of a node that is not made.
+func (b *builder) note(node, value *place, s span) {
+	switch {
+	case s.net.IsValid():
+		b.nets = append(b.nets, ownedNet{s.net, node, value})
+	case s.first.IsValid():
+		b.owner[s.first] = node
+	}
+}
+
+// bind adds a node for each address or prefix of bind_ip.
 func (b *builder) bind(p *place) {
 	uplink, iface := b.pins(&nodeSpec{}, b.at)
 	next := b.e.BindIP
@@ -323,6 +410,16 @@ func (b *builder) bind(p *place) {
 		sp, bad := parseSpan(ip.node.Value)
 		if bad != "" {
 			continue // said already
+		}
+		if sp.net.IsValid() {
+			node := Node{ID: sp.net.String(), Interface: iface, Uplink: uplink, Weight: 1}
+			if sp.first.Is4() {
+				node.Net4 = sp.net
+			} else {
+				node.Net6 = sp.net
+			}
+			b.add(&node, ip, ip, ip)
+			continue
 		}
 		n := min(sp.len(), len(next))
 		for _, a := range next[:n] {
@@ -345,13 +442,13 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 	if first := b.ids[n.ID]; first != nil && first != at {
 		if id := b.d.find(at, "id"); id != nil {
 			b.d.fail(id, "is the ID of the node on line %d too", first.node.Line)
-			b.claim(n, at)
+			b.claim(n, at, at4, at6)
 			return false
 		}
-		// The node has no ID but its address. Either that is a second owner's, which is said below, or addressIDs says
-		// whose ID it is.
+		// The node has no ID but its address. Either that is a second owner's, which is said below, or by overlaps of a
+		// prefix, or addressIDs says whose ID it is.
 		if b.owner[n.IPv4] == nil && b.owner[n.IPv6] == nil {
-			b.claim(n, at)
+			b.claim(n, at, at4, at6)
 			return false
 		}
 	}
@@ -372,6 +469,11 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 			b.owner[x.a] = at
 		}
 	}
+	if n.Net6.IsValid() && n.Net6.Addr().IsLinkLocalUnicast() && n.Interface == "" && n.Uplink == "" {
+		b.d.fail(at6, "a link-local address needs an interface or an uplink")
+		ok = false
+	}
+	b.noteNets(n, at, at4, at6)
 	b.ids[n.ID] = at
 	b.broken = b.broken || !ok
 	b.e.Nodes = append(b.e.Nodes, *n)
@@ -379,13 +481,100 @@ func (b *builder) add(n *Node, at, at4, at6 *place) bool {
 }
 
 // claim notes the addresses of a node that is refused for its ID.
-func (b *builder) claim(n *Node, at *place) {
+func (b *builder) claim(n *Node, at, at4, at6 *place) {
 	b.broken = true
 	for _, a := range [...]netip.Addr{n.IPv4, n.IPv6} {
 		if a.IsValid() && b.owner[a] == nil {
 			b.owner[a] = at
 		}
 	}
+	b.noteNets(n, at, at4, at6)
+}
+
+func (b *builder) noteNets(n *Node, at, at4, at6 *place) {
+	if n.Net4.IsValid() {
+		b.nets = append(b.nets, ownedNet{n.Net4, at, at4})
+	}
+	if n.Net6.IsValid() {
+		b.nets = append(b.nets, ownedNet{n.Net6, at, at6})
+	}
+}
+
+// overlaps refuses prefixes that share an address with another node. Prefixes are within each other or apart, so that in
+// the order of their addresses each one need only be compared with the last that was within none.
+func (b *builder) overlaps() {
+	if len(b.nets) == 0 {
+		return
+	}
+	slices.SortStableFunc(b.nets, func(x, y ownedNet) int {
+		return cmp.Or(x.net.Addr().Compare(y.net.Addr()), cmp.Compare(x.net.Bits(), y.net.Bits()))
+	})
+	apart := make([]ownedNet, 0, len(b.nets))
+	for _, n := range b.nets {
+		if k := len(apart) - 1; k >= 0 && apart[k].net.Contains(n.net.Addr()) {
+			first, second := apart[k], n
+			if second.node.index < first.node.index {
+				first, second = second, first
+			}
+			b.broken = true
+			b.d.fail(second.value, "overlaps with %s of the node on line %d", first.net, first.node.node.Line)
+			continue
+		}
+		apart = append(apart, n)
+	}
+	b.nets = apart
+	b.within()
+}
+
+// within refuses addresses inside another node's prefix.
+func (b *builder) within() {
+	type pair struct{ net, node *place }
+	type mistake struct {
+		at   *place
+		node int // where its node is in the list
+		msg  string
+	}
+	said := make(map[pair]bool) // a range is one mistake
+	var list []mistake
+	for a, at := range b.owner {
+		n := b.netOf(a)
+		if n == nil || n.node == at || said[pair{n.value, at}] {
+			continue
+		}
+		said[pair{n.value, at}] = true
+		if at.index < n.node.index {
+			list = append(list, mistake{n.value, n.node.index, fmt.Sprintf("holds an address of the node on line %d", at.node.Line)})
+			continue
+		}
+		key := "ipv6"
+		if a.Is4() {
+			key = "ipv4"
+		}
+		value := b.d.find(at, key)
+		if value == nil {
+			value = at // an entry of bind_ip
+		}
+		list = append(list, mistake{value, at.index, fmt.Sprintf("is inside %s of the node on line %d", n.net, n.node.node.Line)})
+	}
+	slices.SortFunc(list, func(x, y mistake) int {
+		return cmp.Or(cmp.Compare(x.node, y.node), cmp.Compare(x.at.key, y.at.key), cmp.Compare(x.msg, y.msg))
+	})
+	for _, m := range list {
+		b.broken = true
+		b.d.fail(m.at, "%s", m.msg)
+	}
+}
+
+// netOf returns the prefix that holds an address, or nil. It is for after overlaps.
+func (b *builder) netOf(a netip.Addr) *ownedNet {
+	i, found := slices.BinarySearchFunc(b.nets, a, func(n ownedNet, a netip.Addr) int { return n.net.Addr().Compare(a) })
+	if !found {
+		i--
+	}
+	if i < 0 || !b.nets[i].net.Contains(a) {
+		return nil
+	}
+	return &b.nets[i]
 }
 
 // addressIDs refuses IDs that are another node's address.
@@ -397,6 +586,11 @@ func (b *builder) addressIDs(specs []nodeSpec) {
 		}
 		a, err := netip.ParseAddr(s.ID)
 		if err != nil {
+			continue
+		}
+		if n := b.netOf(a.Unmap()); n != nil {
+			b.broken = true
+			b.d.fail(b.d.find(s.at, "id"), "is an address inside %s of the node on line %d", n.net, n.node.node.Line)
 			continue
 		}
 		owner := b.owner[a.Unmap()]
@@ -413,24 +607,55 @@ func (b *builder) addressIDs(specs []nodeSpec) {
 // selects says whether a selection of this escaper names one of its nodes, as far as the nodes could be read.
 func (b *builder) selects(v selection.Value) bool {
 	if b.pool == nil && !b.broken {
-		nodes := make([]selection.Node, len(b.e.Nodes))
-		for i := range b.e.Nodes {
-			n := &b.e.Nodes[i]
-			nodes[i] = selection.Node{ID: n.ID, V4: n.IPv4, V6: n.IPv6, Weight: n.Weight}
-		}
-		p, err := selection.NewPool(nodes, selection.Options{StrictIndex: b.e.StrictIndex})
+		p, err := selection.NewPool(b.members(), selection.Options{StrictIndex: b.e.StrictIndex})
 		b.pool, b.broken = p, err != nil
+	}
+	id := v.String()
+	a, err := netip.ParseAddr(id)
+	if err == nil && a.Zone() == "" && b.netOf(a.Unmap()) != nil {
+		return true
 	}
 	if !b.broken {
 		_, _, _, err := b.pool.Resolve(v)
 		return err == nil
 	}
-	id := v.String()
 	if strings.Trim(id, "0123456789") == "" || b.ids[id] != nil {
 		return true // perhaps an index
 	}
-	if a, err := netip.ParseAddr(id); err == nil {
+	if err == nil {
 		return b.lostAddr || b.owner[a.Unmap()] != nil
 	}
 	return b.lostID || b.lostAddr && strings.Contains(id, "/")
+}
+
+// members are the nodes of the escaper as a pool has them.
+func (b *builder) members() []selection.Node {
+	var out []selection.Node
+	for i := range b.e.Nodes {
+		n := &b.e.Nodes[i]
+		out = append(out, selection.Node{ID: n.ID, V4: n.IPv4, V6: n.IPv6, Net4: n.Net4, Net6: n.Net6, Weight: n.Weight})
+	}
+	for i := range b.e.Peers {
+		out = append(out, selection.Node{ID: b.e.Peers[i].ID})
+	}
+	for _, name := range b.e.NextNames() {
+		out = append(out, selection.Node{ID: name})
+	}
+	return out
+}
+
+// what says how a node of the escaper is named, for who named none.
+func (b *builder) what() string {
+	how := "an ID or address"
+	switch {
+	case strings.HasPrefix(b.e.Type, "route_"):
+		how = "the name of a next escaper"
+	case strings.HasPrefix(b.e.Type, "proxy_"):
+		how = "an ID"
+	}
+	what := "is no node of escaper " + b.e.Name
+	if !b.broken {
+		what += fmt.Sprintf(" (1 to %d by index, or %s)", b.pool.Len(), how)
+	}
+	return what
 }

@@ -32,6 +32,15 @@ func parse(t *testing.T, text string) *config.Config {
 	return c
 }
 
+// noHealth and probe are the defaults; a probe to nowhere is off.
+func noHealth() config.Health {
+	return config.Health{Failures: 5, Destinations: 3, Window: 30 * time.Second, Hold: 10 * time.Second}
+}
+
+func probe(tcp string) config.Probe {
+	return config.Probe{TCP: tcp, Interval: 10 * time.Second, Timeout: 3 * time.Second, Fall: 3, Rise: 2}
+}
+
 // The example of testdata has every key that there is; what it says comes out.
 func TestExample(t *testing.T) {
 	c, err := config.Load(filepath.Join("testdata", "example.yaml"))
@@ -51,7 +60,17 @@ func TestExample(t *testing.T) {
 		DrainTimeout: 45 * time.Second,
 		Keepalive:    config.Keepalive{Enable: true, IdleExpire: 90 * time.Second, MaxPerKey: 8, Max: 1024},
 		Netcfg:       config.Netcfg{MarkMask: 0xff00ffff, TableBase: 7000, RulePriority: 5000},
-		Resolvers:    []config.Resolver{{Name: "sys", Type: "system"}, {Name: config.DefaultResolver, Type: "system"}},
+		Resolvers: []config.Resolver{
+			{Name: "sys", Type: "system"},
+			{
+				Name: "own", Type: "dns", Server: []netip.AddrPort{addrPort("192.0.2.53:53"), addrPort("[2001:db8::53]:5353")}, Bind: "path",
+				Hosts: map[string][]netip.Addr{
+					"db.example": {addr("192.0.2.7")}, "www.example": {addr("192.0.2.8"), addr("2001:db8::8")},
+				},
+				ServeStale: time.Hour, Timeout: 2 * time.Second,
+			},
+			{Name: config.DefaultResolver, Type: "system"},
+		},
 		Uplinks: []config.Uplink{
 			{Name: "isp1", Interface: "eth0", Gateway4: addr("198.51.100.1"), Gateway6: addr("2001:db8:100::1"), ManageAddresses: true},
 			{Name: "isp2", Interface: "eth1", Gateway4: addr("203.0.113.1")},
@@ -59,25 +78,29 @@ func TestExample(t *testing.T) {
 		Escapers: []config.Escaper{
 			{
 				Name: "out", Type: "direct_fixed", Resolver: "sys", EnablePathSelection: true,
-				PickPolicy: selection.RoundRobin, PickKey: "user", StrictIndex: true,
+				PickPolicy: selection.RoundRobin, PickKey: "user", StrictIndex: true, ResolveStrategy: "ipv4_first", Neighbour: "answer",
 				Filter: config.Filter{
 					Deny:  []config.Rule{{Class: config.ClassPrivate}, {Prefix: netip.MustParsePrefix("192.0.2.7/32")}},
 					Allow: []config.Rule{{Prefix: netip.MustParsePrefix("10.1.0.0/16")}},
 				},
 				Nodes: []config.Node{
 					{ID: "fra-1", IPv4: addr("198.51.100.11"), IPv6: addr("2001:db8:100::11"), Uplink: "isp1", Weight: 2},
-					{ID: "fra-2", IPv4: addr("198.51.100.12"), Uplink: "isp1", Weight: 1},
+					{ID: "fra-2", IPv4: addr("198.51.100.12"), Uplink: "isp1", Weight: 1, EIP: []netip.Addr{addr("192.0.2.200")}},
 					{ID: "lon-1", IPv4: addr("203.0.113.7"), Interface: "eth1", Uplink: "isp2"},
 					{ID: "pool/198.51.100.20", IPv4: addr("198.51.100.20"), IPv6: addr("2001:db8:100::20"), Uplink: "isp1", Weight: 1},
 					{ID: "pool/198.51.100.21", IPv4: addr("198.51.100.21"), IPv6: addr("2001:db8:100::21"), Uplink: "isp1", Weight: 1},
 					{ID: "dev", Interface: "eth0", Uplink: "isp1", Weight: 1},
+					{ID: "six", Net6: netip.MustParsePrefix("2001:db8:beef::/64"), Uplink: "isp1", Weight: 1},
 				},
 				Uplink:         "isp1",
 				ConnectTimeout: 5 * time.Second,
 				HappyEyeballs:  config.HappyEyeballs{ConnectionAttemptDelay: 100 * time.Millisecond},
+				Health:         config.Health{On: true, Failures: 4, Destinations: 2, Window: 20 * time.Second, Hold: 5 * time.Second},
+				Probe:          config.Probe{HTTP: "https://ip.example/", Interval: 20 * time.Second, Timeout: 5 * time.Second, Fall: 2, Rise: 1, EIP: true},
+				Spill:          true,
 			},
 			{
-				Name: "short", Type: "direct_fixed", Resolver: config.DefaultResolver, PickKey: "client_ip",
+				Name: "short", Type: "direct_fixed", Resolver: config.DefaultResolver, PickKey: "client_ip", ResolveStrategy: "any", Neighbour: "auto",
 				Nodes: []config.Node{
 					{ID: "198.51.100.11", IPv4: addr("198.51.100.11"), Interface: "eth0", Weight: 1},
 					{ID: "2001:db8:100::11", IPv6: addr("2001:db8:100::11"), Interface: "eth0", Weight: 1},
@@ -86,6 +109,45 @@ func TestExample(t *testing.T) {
 				Interface:      "eth0",
 				ConnectTimeout: 10 * time.Second,
 				HappyEyeballs:  config.HappyEyeballs{ConnectionAttemptDelay: 250 * time.Millisecond},
+				Health:         noHealth(), Probe: probe(""),
+			},
+			{
+				Name: "dyn", Type: "direct_float", Resolver: config.DefaultResolver, PickKey: "client_ip", ResolveStrategy: "any",
+				Cache:          "/var/lib/wayout/dyn.json",
+				ConnectTimeout: 10 * time.Second,
+				HappyEyeballs:  config.HappyEyeballs{ConnectionAttemptDelay: 250 * time.Millisecond},
+				Health:         noHealth(), Probe: probe(""),
+			},
+			{
+				Name: "by-city", Type: "route_select", PickKey: "client_ip",
+				Next: []config.Next{{Escaper: "out", Weight: 2}, {Escaper: "dyn", Weight: 1}},
+			},
+			{
+				Name: "by-target", Type: "route_upstream",
+				ExactMatch:  []config.HostRule{{Next: "out", Hosts: []string{"example.com", "192.0.2.1"}}},
+				SuffixMatch: []config.HostRule{{Next: "dyn", Hosts: []string{"example.org"}}},
+				SubnetMatch: []config.NetRule{{Next: "short", Subnets: []netip.Prefix{
+					netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::1/128"),
+				}}},
+				RegexMatch:  []config.HostRule{{Next: "dyn", Hosts: []string{`img[0-9]+\.example\.net`}}},
+				DefaultNext: "by-city",
+			},
+			{
+				Name: "by-client", Type: "route_client",
+				UserMatch:   []config.HostRule{{Next: "by-target", Hosts: []string{"alice"}}},
+				DefaultNext: "out",
+			},
+			{
+				Name: "peer", Type: "proxy_https", Resolver: config.DefaultResolver, PickKey: "client_ip", ResolveStrategy: "any",
+				Peers: []config.Peer{
+					{ID: "p1", Addr: "proxy.example:3129", Username: "u", Password: "p:$w", Path: "out/fra-1", Weight: 3, EIP: []netip.Addr{addr("192.0.2.9"), addr("2001:db8::9")}},
+					{ID: "192.0.2.9:3129", Addr: "192.0.2.9:3129", Weight: 1},
+				},
+				PassSelection: true, PeerSelectionHeader: "X-Way", TLSName: "proxy.example", TLSCA: "/etc/wayout/peers.pem",
+				HandshakeTimeout: 4 * time.Second,
+				ConnectTimeout:   10 * time.Second,
+				HappyEyeballs:    config.HappyEyeballs{ConnectionAttemptDelay: 250 * time.Millisecond},
+				Health:           noHealth(), Probe: probe("www.example:443"),
 			},
 		},
 		UserGroups: []config.UserGroup{{Name: "team", Users: []config.User{
@@ -93,20 +155,33 @@ func TestExample(t *testing.T) {
 				Name: "alice", Password: hash,
 				EgressPath: selection.Layer{{Escaper: "out", Value: selection.ID("fra-2")}, {Escaper: "short", Value: selection.Index(0)}},
 				AllowPath:  []string{"out/fra-*", "out/pool/*"}, Allow: allow,
+				From:   []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("192.0.2.3/32")},
+				Limits: config.Limits{Connections: 1000, Rate: config.Rate{Count: 200, Per: time.Second}, Bandwidth: 100_000_000},
 			},
 			{
 				Name: "bob", Password: "$2y$10$N9qo8uLOickgx2ZMRZoMyeIjZAgcfl7p92ldGxad68LJZdL17lhWy",
 				EgressPath: selection.Layer{{Escaper: "out", Value: selection.ID("2001:DB8:100::11")}},
+				Inline: map[string]config.Inline{"dyn": {
+					ID: "198.51.100.77", V4: addr("198.51.100.77"), Expire: time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC),
+					Labels: map[string]string{"isp": "two"},
+				}},
 			},
-		}}},
+		}}, {
+			Name: "guests", Users: []config.User{{Name: "guest", From: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}}},
+		}},
+		Pins: []config.Pin{{Cgroup: "/system.slice/backup.service", Path: "out/fra-1"}},
 		Servers: []config.Server{
 			{
-				Name: "web", Type: "http_proxy", Listen: []netip.AddrPort{addrPort("127.0.0.1:3128")},
-				Escaper: "out", UserGroup: "team", PathSelectionHeader: "X-Egress-Path", ReportEgress: true,
+				Name: "web", Type: "mixed_proxy", Listen: []netip.AddrPort{addrPort("127.0.0.1:3128")},
+				Escaper: "by-client", UserGroup: "team", PathSelectionHeader: "X-Egress-Path", ReportEgress: true, SOCKSExtension: true, UsernameParams: true,
+				Select: config.Select{Mode: "map", Map: selection.Layer{
+					{Escaper: "out", Value: selection.ID("fra-1")}, {Escaper: "dyn", Value: selection.ID("anything")},
+				}},
+				Limits:           config.Limits{Connections: 5000, Rate: config.Rate{Count: 60, Per: time.Minute}, Bandwidth: 1_000_000_000},
 				ReqHeaderMaxSize: 32 << 10, ReqHeaderMaxCount: 64, ReqTargetMaxSize: 8 << 10, RspHeaderMaxSize: 128 << 10, RspHeaderMaxCount: 100,
 				PipelineReadIdleTimeout: time.Minute, ReqHeaderRecvTimeout: 10 * time.Second, AuthTimeout: 3 * time.Second,
 				RspHeaderRecvTimeout: 60 * time.Second, BodyStallTimeout: 30 * time.Second, SendTimeout: 20 * time.Second,
-				TunnelIdleTimeout: 36 * time.Hour,
+				TunnelIdleTimeout: 36 * time.Hour, UDPIdleTimeout: 90 * time.Second,
 			},
 			{
 				Name: "wide", Type: "http_proxy", Listen: []netip.AddrPort{addrPort("0.0.0.0:8080"), addrPort("[2001:db8:100::11]:8080"), addrPort("[::]:0")},
@@ -115,6 +190,33 @@ func TestExample(t *testing.T) {
 				PipelineReadIdleTimeout: 2 * time.Minute, ReqHeaderRecvTimeout: 30 * time.Second, AuthTimeout: 10 * time.Second,
 				RspHeaderRecvTimeout: 5 * time.Minute, BodyStallTimeout: 5 * time.Minute, SendTimeout: 2 * time.Minute,
 				TunnelIdleTimeout: time.Hour,
+			},
+			{
+				Name: "ports", Type: "socks_proxy",
+				Listen:  []netip.AddrPort{addrPort("127.0.0.1:20000"), addrPort("127.0.0.1:20001"), addrPort("127.0.0.1:20002")},
+				Escaper: "out", Select: config.Select{Mode: "port"},
+				ReqHeaderRecvTimeout: 30 * time.Second, AuthTimeout: 10 * time.Second, SendTimeout: 2 * time.Minute,
+				TunnelIdleTimeout: time.Hour, UDPIdleTimeout: time.Minute,
+			},
+			{
+				Name: "nets", Type: "socks_proxy", Escaper: "out", Open: true, Select: config.Select{Mode: "ingress_ip"},
+				ListenNets: []config.ListenNet{
+					{Prefix: netip.MustParsePrefix("198.51.100.0/25"), First: 1080, Last: 1080},
+					{Prefix: netip.MustParsePrefix("2001:db8:100::/64"), First: 1080, Last: 1089},
+				},
+				ReqHeaderRecvTimeout: 30 * time.Second, AuthTimeout: 10 * time.Second, SendTimeout: 2 * time.Minute,
+				TunnelIdleTimeout: time.Hour, UDPIdleTimeout: time.Minute,
+			},
+			{
+				Name: "lan", Type: "tproxy", Escaper: "out", UserGroup: "guests",
+				Select:    config.Select{Mode: "map", Map: selection.Layer{{Escaper: "out", Value: selection.ID("fra-1")}}},
+				Interface: []string{"lan0", "br0"},
+				Divert: []config.Divert{
+					{TCP: true, First: 443, Last: 443}, {First: 1000, Last: 2000}, {TCP: true, First: 8000, Last: 8999}, {First: 443, Last: 443},
+				},
+				Rest: "drop", Sniff: true, SniffTimeout: 100 * time.Millisecond, UDPFlows: 1000,
+				Limits:            config.Limits{Connections: 100},
+				TunnelIdleTimeout: time.Hour, UDPIdleTimeout: 5 * time.Minute,
 			},
 		},
 	}
@@ -170,7 +272,7 @@ func TestZeroConfiguration(t *testing.T) {
 	// All the rest is what a file with the same words gives.
 	file := parse(t, `
 escaper: [{name: out, type: direct_fixed, enable_path_selection: on, nodes: [{ipv4: 198.51.100.11}, {ipv6: "2001:db8::5"}, {ipv4: 198.51.100.12}]}]
-server: [{name: web, type: http_proxy, listen: 127.0.0.1:3128, escaper: out, path_selection_header: X-Egress-Path}]
+server: [{name: web, type: mixed_proxy, listen: 127.0.0.1:3128, escaper: out, path_selection_header: X-Egress-Path}]
 `)
 	if diff := cmp.Diff(file, c, compare()...); diff != "" {
 		t.Errorf("-file +zero configuration:\n%s", diff)

@@ -75,6 +75,9 @@ func (d *decoder) keys(list []Key, prefix string, t reflect.Type) []Key {
 		if f.alias != "" {
 			meaning += " Alias: " + f.alias + "."
 		}
+		if len(f.types) > 0 {
+			meaning += " For " + andList(f.types) + "."
+		}
 		if f.max != "" {
 			meaning += fmt.Sprintf(" From %s to %s.", f.min, f.max)
 		}
@@ -88,6 +91,14 @@ func (d *decoder) keys(list []Key, prefix string, t reflect.Type) []Key {
 		}
 	}
 	return list
+}
+
+func andList(words []string) string {
+	last := len(words) - 1
+	if last == 0 {
+		return words[0]
+	}
+	return strings.Join(words[:last], ", ") + " and " + words[last]
 }
 
 // cell keeps a text within its cell.

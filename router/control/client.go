@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 )
 
 // ErrNoDaemon: nothing answers on the control socket.
@@ -85,6 +86,13 @@ func (c *Client) Prove(ctx context.Context, path string, target netip.AddrPort) 
 // Reload has the daemon read its configuration again.
 func (c *Client) Reload(ctx context.Context) error {
 	return c.command(ctx, "/reload", Ask{}, &Ask{})
+}
+
+// Publish has the daemon put nodes, a JSON array, in the place of an escaper's.
+func (c *Client) Publish(ctx context.Context, escaper string, nodes []byte) (Published, error) {
+	var p Published
+	err := c.do(ctx, http.MethodPost, "/publish?escaper="+url.QueryEscape(escaper), nodes, func(dec *json.Decoder) error { return dec.Decode(&p) })
+	return p, err
 }
 
 func (c *Client) command(ctx context.Context, verb string, ask Ask, answer any) error {

@@ -116,6 +116,7 @@ type Collector struct {
 	accounted func() bool   // the kernel counts: without, its metrics are absent
 
 	up, conns, open, bytes, packets, retrans, rtt, guard *prometheus.Desc
+	ports, exhaustion                                    *prometheus.Desc
 	requests, selections, auth, reload                   *prometheus.Desc
 }
 
@@ -136,6 +137,8 @@ func NewCollector(c *Counters, paths func() Paths, unmarked func() uint64, accou
 		retrans:    desc("path_retransmits_total", "TCP segments sent again.", path...),
 		rtt:        desc("path_rtt_seconds", "Smoothed round-trip times as TCP samples them.", path...),
 		guard:      desc("path_guard_drops_total", "Packets stopped because they would leave by another source or interface; unmarked ones under empty labels.", path...),
+		ports:      desc("path_ports", "Local ports taken for the target that takes the most of them; absent while they are few.", append(path, "state")...),
+		exhaustion: desc("path_ports_exhaustion_seconds", "Until the ports for that target are used up at the present rate; +Inf when they are not.", path...),
 		requests:   desc("requests_total", "Requests by HTTP status or its equivalent.", "server", "code"),
 		selections: desc("selection_total", "Decisions about the path, by who chose and what came of it.", "source", "result"),
 		auth:       desc("auth_failures_total", "Requests without valid credentials.", "server"),
@@ -146,7 +149,7 @@ func NewCollector(c *Counters, paths func() Paths, unmarked func() uint64, accou
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		c.up, c.conns, c.open, c.bytes, c.packets, c.retrans, c.rtt, c.guard,
+		c.up, c.conns, c.open, c.bytes, c.packets, c.retrans, c.rtt, c.guard, c.ports, c.exhaustion,
 		c.requests, c.selections, c.auth, c.reload,
 	} {
 		ch <- d
@@ -158,16 +161,24 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
 	kernel := c.accounted != nil && c.accounted()
 	for _, p := range c.paths().Paths {
 		up := 0.0
 		if p.State == "up" {
 			up = 1
 		}
-		ch <- prometheus.MustNewConstMetric(c.up, prometheus.GaugeValue, up, p.Escaper, p.ID)
-		ch <- prometheus.MustNewConstMetric(c.open, prometheus.GaugeValue, float64(p.Connections.Open), p.Escaper, p.ID)
+		gauge(c.up, up, p.Escaper, p.ID)
+		gauge(c.open, float64(p.Connections.Open), p.Escaper, p.ID)
 		for result, n := range p.Results {
 			counter(c.conns, n, p.Escaper, p.ID, result)
+		}
+		if p.Ports != nil {
+			gauge(c.ports, float64(p.Ports.InUse), p.Escaper, p.ID, "in_use")
+			gauge(c.ports, float64(p.Ports.TimeWait), p.Escaper, p.ID, "time_wait")
+			gauge(c.exhaustion, p.Ports.Exhaustion, p.Escaper, p.ID)
 		}
 		if !kernel {
 			continue

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -24,10 +25,14 @@ const watchEvery = time.Second
 
 // Backend is what the control socket can ask of the daemon.
 type Backend struct {
-	Paths   func() Paths
-	Drain   func(path string, on bool) error // ErrUnknownPath
-	Prove   func(path string, target netip.AddrPort) (Proof, error)
-	Reload  func() error
+	Paths  func() Paths
+	Drain  func(path string, on bool) error // ErrUnknownPath
+	Prove  func(path string, target netip.AddrPort) (Proof, error)
+	Reload func() error
+	// Publish replaces the nodes of an escaper by those of a JSON array, and
+	// returns how many there are now.
+	Publish func(escaper string, nodes []byte) (int, error) // ErrUnknownPath
+	Pins    PinBackend
 	Version string
 }
 
@@ -103,9 +108,20 @@ func NewSocket(l net.Listener, b Backend) *Socket {
 	mux.HandleFunc("POST /undrain", drain(false))
 	mux.HandleFunc("POST /prove-guard", command(func(ask Ask) (any, error) { return b.Prove(ask.Path, ask.Target) }))
 	mux.HandleFunc("POST /reload", command(func(ask Ask) (any, error) { return ask, b.Reload() }))
+	mux.HandleFunc("POST /publish", func(w http.ResponseWriter, r *http.Request) {
+		text, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxPublication))
+		if err != nil {
+			reply(w, http.StatusBadRequest, failure{err.Error()})
+			return
+		}
+		name := r.URL.Query().Get("escaper")
+		n, err := b.Publish(name, text)
+		answer(w, Published{Escaper: name, Nodes: n}, err)
+	})
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, http.StatusOK, map[string]string{"version": b.Version})
 	})
+	b.Pins.register(mux)
 	s.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	return s
 }
@@ -117,23 +133,36 @@ type Ask struct {
 }
 
 // command answers a command by what f makes of it.
-func command(f func(Ask) (any, error)) http.HandlerFunc {
+func command[A any](f func(A) (any, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		var ask Ask
+		var ask A
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<16)).Decode(&ask); err != nil {
 			reply(w, http.StatusBadRequest, failure{err.Error()})
 			return
 		}
 		done, err := f(ask)
-		switch {
-		case errors.Is(err, ErrUnknownPath):
-			reply(w, http.StatusNotFound, failure{err.Error()})
-		case err != nil:
-			reply(w, http.StatusInternalServerError, failure{err.Error()})
-		default:
-			reply(w, http.StatusOK, done)
-		}
+		answer(w, done, err)
 	}
+}
+
+func answer(w http.ResponseWriter, done any, err error) {
+	switch {
+	case errors.Is(err, ErrUnknownPath), errors.Is(err, ErrUnknownCgroup):
+		reply(w, http.StatusNotFound, failure{err.Error()})
+	case err != nil:
+		reply(w, http.StatusInternalServerError, failure{err.Error()})
+	default:
+		reply(w, http.StatusOK, done)
+	}
+}
+
+// MaxPublication bounds the text of a publication, in bytes.
+const MaxPublication = 64 << 20
+
+// Published is the answer to a publication.
+type Published struct {
+	Escaper string `json:"escaper"`
+	Nodes   int    `json:"nodes"`
 }
 
 // failure is the body of every answer that is not a success.

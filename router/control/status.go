@@ -44,8 +44,18 @@ type Path struct {
 
 	// Results counts connection attempts by how they ended; for the metrics.
 	Results map[string]uint64 `json:"-"`
+	// Ports is the local ports towards the target that takes the most of them;
+	// nil while they are few. For the metrics.
+	Ports *Ports `json:"-"`
 	// RTTBuckets is the histogram behind RTT; for the metrics.
 	RTTBuckets Histogram `json:"-"`
+}
+
+// Ports is how many local ports of a path one target takes.
+type Ports struct {
+	InUse      int
+	TimeWait   int     // besides: kept after a connection
+	Exhaustion float64 // seconds until there are none, as they go; +Inf when they do not
 }
 
 // Proof says that the kernel refused an attempt to leave by a path with a

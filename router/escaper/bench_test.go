@@ -2,6 +2,7 @@ package escaper_test
 
 import (
 	"context"
+	"net"
 	"net/netip"
 	"strconv"
 	"testing"
@@ -46,7 +47,7 @@ func BenchmarkOpenLiteral(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		_ = c.TCP.SetLinger(0)
+		_ = c.TCP.(*net.TCPConn).SetLinger(0)
 		_ = c.Close()
 	}
 }
@@ -64,7 +65,7 @@ func BenchmarkOpenName(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		_ = c.TCP.SetLinger(0)
+		_ = c.TCP.(*net.TCPConn).SetLinger(0)
 		_ = c.Close()
 	}
 }

@@ -1,9 +1,10 @@
 package escaper
 
 import (
-	"net"
 	"net/netip"
 	"sync/atomic"
+
+	"wayout/router/escaper/hop"
 )
 
 // Conn is a connection that leaves by a path: bound, and on the path's books
@@ -16,12 +17,13 @@ import (
 // shows in OnKill and Killed, since closing a number that another goroutine
 // uses could hit whatever has it next.
 type Conn struct {
-	TCP    *net.TCPConn   // not wrapped, so that the kernel can splice; nil: FD
+	TCP    hop.Stream     // a bare socket, so that the kernel can splice: a *net.TCPConn, or the end of a pair of sockets; nil: FD
 	FD     int            // for a request with a task: the bare descriptor, non-blocking
 	Path   *Path          // what it leaves by
 	Source netip.AddrPort // the local end, as the kernel tells it
 	Remote netip.AddrPort // the address that was dialled
 	Reused bool           // it came from the idle pool
+	Early  []byte         // what a next-hop proxy has sent ahead: first of what comes from the target
 
 	link *link
 	done atomic.Bool

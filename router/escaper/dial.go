@@ -3,6 +3,7 @@ package escaper
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -14,12 +15,12 @@ import (
 	"wayout/selection"
 )
 
-// attempt makes one connection from the path's address of the target's family
-// to one address, and counts how it ended. An attempt that ctx's cancelling
+// attempt makes one connection from the source of the target's family to one
+// address, and counts how it ended. An attempt that ctx's cancelling
 // ends (another won the race, or nobody waits) is not counted.
-func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.TCPConn, error) {
+func (d *Direct) attempt(ctx context.Context, p *Path, src sources, to netip.AddrPort) (*net.TCPConn, error) {
 	f := selection.FamilyOf(to.Addr())
-	from := p.source(f)
+	from := src.of(f)
 	// The typed dialer takes a zero Addr for the wildcard address
 	// (golang/go#81620), which would be no pin at all.
 	if !from.IsValid() {
@@ -39,6 +40,7 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 		}
 		r, err := p.classify(err, from, to)
 		p.count(r)
+		d.observe(p, r, to, err)
 		return nil, err
 	}
 	local := localAddr(c)
@@ -47,6 +49,7 @@ func (d *Direct) attempt(ctx context.Context, p *Path, to netip.AddrPort) (*net.
 		return nil, err
 	}
 	p.count(ResultOK)
+	d.observe(p, ResultOK, to, nil)
 	return c, nil
 }
 
@@ -56,6 +59,7 @@ func (d *Direct) pin(p *Path) pin {
 	if p.BindToDevice {
 		o.device = p.Interface
 	}
+	o.free = p.Net4.IsValid() || p.Net6.IsValid()
 	return o
 }
 
@@ -63,7 +67,7 @@ func (d *Direct) pin(p *Path) pin {
 // was bound to. Nothing is known to make them differ; if something does, no
 // byte leaves.
 func (p *Path) verify(local netip.AddrPort, from netip.Addr) error {
-	if local.Addr() == from {
+	if local.Addr() == from || from.IsUnspecified() {
 		return nil
 	}
 	p.count(ResultLocal)
@@ -148,6 +152,7 @@ type race struct {
 	cancel context.CancelFunc
 	d      *Direct
 	p      *Path
+	src    sources
 	list   []netip.AddrPort
 	done   chan struct{} // closed when there is a winner, or no hope of one
 
@@ -160,12 +165,12 @@ type race struct {
 }
 
 // connect dials the addresses, at least one, until ctx ends.
-func (d *Direct) connect(ctx context.Context, p *Path, list []netip.AddrPort) (*net.TCPConn, error) {
+func (d *Direct) connect(ctx context.Context, p *Path, src sources, list []netip.AddrPort) (*net.TCPConn, error) {
 	if len(list) == 1 {
-		return d.attempt(ctx, p, list[0])
+		return d.attempt(ctx, p, src, list[0])
 	}
 	// The list is the caller's, on its stack; the last attempts may outlive it.
-	r := &race{d: d, p: p, list: append([]netip.AddrPort(nil), list...), done: make(chan struct{}), running: 1}
+	r := &race{d: d, p: p, src: src, list: append([]netip.AddrPort(nil), list...), done: make(chan struct{}), running: 1}
 	r.ctx, r.cancel = context.WithCancel(ctx)
 	defer r.cancel()
 	r.run()
@@ -190,7 +195,7 @@ func (r *race) run() {
 		if more {
 			successor = time.AfterFunc(r.d.delay, r.run)
 		}
-		c, err := r.d.attempt(r.ctx, r.p, to)
+		c, err := r.d.attempt(r.ctx, r.p, r.src, to)
 		taken := successor != nil && !successor.Stop()
 		r.settle(c, err, more && !taken)
 		if c != nil || taken {
@@ -276,12 +281,17 @@ func expired(ctx context.Context) bool {
 	return ok && !time.Now().Before(at)
 }
 
-// interleave orders addresses for a race: IPv6 first, then the families in
-// turn, each in the order of its answers (RFC 8305 section 4). Addresses past
-// the list's capacity are left out: a name with more has others that fail.
-func interleave(list []netip.AddrPort, v4, v6 []netip.Addr, port uint16) []netip.AddrPort {
+// interleave orders addresses for a race: IPv6 first, unless the strategy says
+// otherwise, then the families in turn, each in the order of its answers (RFC
+// 8305 section 4). Addresses past the list's capacity are left out: a name with
+// more has others that fail.
+func interleave(list []netip.AddrPort, s Strategy, v4, v6 []netip.Addr, port uint16) []netip.AddrPort {
+	order := [...][]netip.Addr{v6, v4}
+	if s == V4First {
+		order = [...][]netip.Addr{v4, v6}
+	}
 	for i := 0; i < len(v4) || i < len(v6); i++ {
-		for _, from := range [...][]netip.Addr{v6, v4} {
+		for _, from := range order {
 			if i < len(from) && len(list) < cap(list) {
 				list = append(list, netip.AddrPortFrom(from[i], port))
 			}
@@ -323,4 +333,32 @@ func (d *deadline) AfterFunc(f func()) (stop func() bool) {
 		return func() bool { return true }
 	}
 	return context.AfterFunc(d.Context, f)
+}
+
+// dialFor opens the sockets by which a path's own resolver asks: bound, marked
+// and guarded as all that leaves by the path. A server of a family that the
+// path lacks cannot be asked.
+func (d *Direct) dialFor(p *Path) DialFunc {
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		to, err := netip.ParseAddrPort(addr)
+		if err != nil {
+			return nil, fmt.Errorf("name server %s: %w", addr, err)
+		}
+		f := selection.FamilyOf(to.Addr())
+		c := choice{d: d, p: p}
+		src := c.sources(&Request{})
+		from := src.of(f)
+		if !from.IsValid() {
+			return nil, fail(ErrDNS, nil, "path %s has no address for %s", p.Name, f) // the target's family is another matter
+		}
+		o := d.pin(p)
+		dialer := net.Dialer{KeepAlive: -1, Control: o.control}
+		dialer.SetMultipathTCP(false)
+		if network == "udp" {
+			dialer.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+		} else {
+			dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+		}
+		return dialer.DialContext(ctx, network, to.String())
+	}
 }

@@ -43,7 +43,7 @@ func TestManyPerPort(t *testing.T) {
 	var held []*escaper.Conn
 	defer func() {
 		for _, c := range held {
-			_ = c.TCP.SetLinger(0) // leave no TIME_WAIT behind: the ports are few
+			_ = c.TCP.(*net.TCPConn).SetLinger(0) // leave no TIME_WAIT behind: the ports are few
 			_ = c.Close()
 		}
 	}()

@@ -33,6 +33,8 @@ var (
 	// ErrResources: this process or the host has no descriptor or memory left
 	// for a socket.
 	ErrResources = errors.New("out of sockets")
+	// ErrNoDatagrams: the path is a next-hop proxy that carries only connections.
+	ErrNoDatagrams = errors.New("no datagrams by this path")
 	// ErrClosed: the daemon is stopping.
 	ErrClosed = errors.New("shutting down")
 )

@@ -101,7 +101,7 @@ func direct(tb testing.TB, o escaper.Options) *escaper.Direct {
 	return d
 }
 
-func door(tb testing.TB, ds ...*escaper.Direct) *escaper.Door {
+func door(tb testing.TB, ds ...escaper.Escaper) *escaper.Door {
 	tb.Helper()
 	t, err := escaper.NewTable(ds...)
 	if err != nil {
@@ -191,4 +191,10 @@ func pathID(id string) selection.Entry {
 
 func request(t escaper.Target, s selection.Selection) *escaper.Request {
 	return &escaper.Request{Server: "web", Escaper: "out", Client: netip.MustParseAddrPort("192.0.2.1:1000"), Target: t, Selection: s}
+}
+
+// one is the prefix of a single address.
+func one(s string) netip.Prefix {
+	a := addr(s)
+	return netip.PrefixFrom(a, a.BitLen())
 }

@@ -2,7 +2,6 @@ package escaper
 
 import (
 	"errors"
-	"net"
 	"net/netip"
 	"strings"
 	"sync/atomic"
@@ -10,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"wayout/router/escaper/hop"
 	"wayout/selection"
 )
 
@@ -84,7 +84,7 @@ func (l *link) park() bool {
 	if l.idlers == nil {
 		return false
 	}
-	var evicted *net.TCPConn
+	var evicted hop.Stream
 	l.mu.Lock()
 	ok := l.idlers.perKey > 0 && l.mayParkLocked()
 	if ok && l.idlers.n.Add(1) > l.idlers.total {

@@ -142,7 +142,7 @@ func TestIdleLate(t *testing.T) {
 	if c := p.Counters(); c.Open != 1 || c.Closed != 0 {
 		t.Errorf("counters %+v", c)
 	}
-	if n := p.Kill(addr("127.0.0.2"), errors.New("gone")); n != 1 {
+	if n := p.Kill(one("127.0.0.2"), errors.New("gone")); n != 1 {
 		t.Errorf("killed %d", n)
 	}
 }
@@ -285,7 +285,7 @@ func TestIdleStateChanges(t *testing.T) {
 		{"drain", func(_ *escaper.Door, p *escaper.Path) { p.Drain() }, 0, false},
 		{"IPv4 down", func(_ *escaper.Door, p *escaper.Path) { p.SetFamilyState(selection.V4, escaper.Down, "gone") }, 1, false},
 		{"IPv6 down", func(_ *escaper.Door, p *escaper.Path) { p.SetFamilyState(selection.V6, escaper.Down, "gone") }, 1, true},
-		{"kill", func(_ *escaper.Door, p *escaper.Path) { p.Kill(addr("::1"), errors.New("gone")) }, 1, true},
+		{"kill", func(_ *escaper.Door, p *escaper.Path) { p.Kill(one("::1"), errors.New("gone")) }, 1, true},
 		{"still up", func(_ *escaper.Door, p *escaper.Path) { p.SetFamilyState(selection.V4, escaper.Up, "") }, 2, true},
 		{"closed", func(d *escaper.Door, _ *escaper.Path) { d.Swap(nil) }, 0, false},
 	}
@@ -354,7 +354,7 @@ func TestIdleConcurrent(t *testing.T) {
 			}
 			switch i % 4 {
 			case 0:
-				a.Kill(addr("127.0.0.2"), errors.New("gone"))
+				a.Kill(one("127.0.0.2"), errors.New("gone"))
 			case 1:
 				b.Drain()
 			case 2:

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"wayout/router/escaper/hop"
 	"wayout/selection"
 )
 
@@ -20,6 +21,11 @@ import (
 type ledger struct {
 	state    atomic.Pointer[state]
 	counters counters
+	names    atomic.Pointer[ownNames]
+	courses  atomic.Pointer[[2]course]               // by family; a path to a peer has one
+	trying   atomic.Bool                             // a request tries the path, which is on trial
+	crowded  atomic.Pointer[map[netip.AddrPort]bool] // towards whom few ports are left
+	reserved atomic.Pointer[[]netip.Addr]            // see Path.Reserve
 
 	mu      sync.Mutex
 	books   *link // the first of all open connections; the others follow by next
@@ -30,9 +36,10 @@ type ledger struct {
 // link is one open connection on the books.
 type link struct {
 	*ledger
-	tcp    *net.TCPConn // nil: fd
+	tcp    hop.Stream // nil: fd
 	fd     int
 	source netip.AddrPort
+	second netip.Addr // the other source of an association with both families; or the zero Addr
 	remote netip.AddrPort
 	key    idleKey
 	pool   *selection.Pool // which counts it for least_conn
@@ -56,10 +63,13 @@ type link struct {
 // address that went while the connection was made ends here.
 func (l *link) enter(p *Path) error {
 	f := selection.FamilyOf(l.source.Addr())
+	if l.second.IsValid() {
+		f |= selection.FamilyOf(l.second)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if s := l.state.Load(); s.up()&f == 0 {
-		return p.downError(s, f)
+	if s := l.state.Load(); s.present()&f != f {
+		return p.downError(s, f&^s.present())
 	}
 	l.next = l.books
 	if l.next != nil {
@@ -112,12 +122,18 @@ func (l *link) reason() error {
 	return l.killed
 }
 
-// Kill ends every connection whose source address is addr, or every one when
-// addr is the zero Addr, with err as the reason, and returns how many it
+// leavesBy reports whether an address of the prefix is a source of the
+// connection.
+func (l *link) leavesBy(from netip.Prefix) bool {
+	return from.Contains(l.source.Addr()) || from.Contains(l.second)
+}
+
+// Kill ends every connection whose source address is in from, or every one when
+// from is the zero Prefix, with err as the reason, and returns how many it
 // ended. Idle connections are closed, those in use are ended by what OnKill
 // set, else reset. To keep new ones from the address, the family's state is
 // set before.
-func (p *Path) Kill(addr netip.Addr, err error) int {
+func (p *Path) Kill(from netip.Prefix, err error) int {
 	type victim struct {
 		l *link
 		f func(error)
@@ -126,7 +142,7 @@ func (p *Path) Kill(addr netip.Addr, err error) int {
 	p.mu.Lock()
 	for l := p.books; l != nil; {
 		next := l.next // striking l forgets it
-		if l.killed == nil && (!addr.IsValid() || l.source.Addr() == addr) {
+		if l.killed == nil && (!from.IsValid() || l.leavesBy(from)) {
 			l.killed = err
 			l.unparkLocked()
 			victims = append(victims, victim{l, l.kill})
@@ -157,8 +173,12 @@ func (l *link) close() error {
 
 // reset closes a connection so that the far side, if it can be reached,
 // learns that it was cut rather than ended.
-func reset(c *net.TCPConn) {
-	_ = c.SetLinger(0) // both fail only on a connection that is closed already
+func reset(c hop.Stream) {
+	// Both fail only on a connection that is closed already. The end of a pair
+	// of sockets (a TLS peer's) has no resets.
+	if tcp, is := c.(*net.TCPConn); is {
+		_ = tcp.SetLinger(0)
+	}
 	_ = c.Close()
 }
 
@@ -169,6 +189,20 @@ func (g *ledger) retire() {
 	g.retired = true
 	g.mu.Unlock()
 	g.closeIdle(selection.V4 | selection.V6)
+	if n := g.names.Load(); n != nil {
+		n.end()
+	}
+}
+
+// ownNames is a path's own resolver, once it was needed (see Options.Bound),
+// and whose child it is.
+type ownNames struct{ parent, own Resolver }
+
+// end lets go of the resolver: nobody asks by this path any more.
+func (n *ownNames) end() {
+	if r, is := n.own.(interface{ Close() }); is {
+		r.Close()
+	}
 }
 
 func (g *ledger) count(r Result) { g.counters.attempts[r].Add(1) }
@@ -180,7 +214,7 @@ func (g *ledger) closeIdle(f selection.Family) {
 
 // closeIdleIf closes the idle connections that match.
 func (g *ledger) closeIdleIf(match func(*link) bool) {
-	var closing []*net.TCPConn
+	var closing []hop.Stream
 	g.mu.Lock()
 	for l := g.idle.oldest; l != nil; {
 		newer := l.pos.newer

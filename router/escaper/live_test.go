@@ -149,7 +149,7 @@ func live(t *testing.T) {
 	reason := errors.New("address 10.9.0.12 is not on this host")
 	p := d.Table().Path("out/four")
 	p.SetFamilyState(selection.V4, escaper.Down, reason.Error())
-	if p.Kill(addr("10.9.0.12"), reason) == 0 || !errors.Is(gone.Killed(), reason) {
+	if p.Kill(one("10.9.0.12"), reason) == 0 || !errors.Is(gone.Killed(), reason) {
 		t.Errorf("the connection of an address that has gone: %v", gone.Killed())
 	}
 	if _, err := gone.TCP.Write([]byte("x")); err == nil {

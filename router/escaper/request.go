@@ -27,14 +27,17 @@ func (t Target) String() string {
 // Request is what a front end hands to Door.Open. From here on HTTP, SOCKS
 // and diverted traffic are one.
 type Request struct {
-	Server    string         // name of the front end
-	Escaper   string         // the front end's own escaper: where the chain starts
-	Client    netip.AddrPort // who asks
-	Local     netip.AddrPort // the address that the client connected to
-	Group     string         // the user group that authenticated, or ""
-	User      string         // the name in it, or ""
-	Allow     *selection.Globs
-	Target    Target
+	Server  string         // name of the front end
+	Escaper string         // the front end's own escaper: where the chain starts
+	Client  netip.AddrPort // who asks
+	Local   netip.AddrPort // the address that the client connected to
+	Group   string         // the user group that authenticated, or ""
+	User    string         // the name in it, or ""
+	Allow   *selection.Globs
+	Target  Target
+	// Name is what the client was seen to call a target that is an address; "":
+	// nothing was seen. Routes go by it. It is not resolved, and never dialled.
+	Name      string
 	Selection selection.Selection
 
 	// Reuse says that an idle connection of the same path, source address,
@@ -54,6 +57,8 @@ type Request struct {
 
 	// Choice is filled by Open, also when Open fails: how far the choice went.
 	Choice Choice
+
+	generation *uint64 // of the session, once it is known
 }
 
 // Task is how a request waits that shares its thread with others: *relay.Task,

@@ -17,6 +17,7 @@ type Sockets struct {
 	// ports is IP_LOCAL_PORT_RANGE's value, high<<16 | low. 0: the kernel, one
 	// before 6.3, has no such option.
 	ports uint32
+	count int // of the ports, whoever chooses them
 }
 
 // NewSockets reads net.ipv4.ip_local_port_range (in the network namespace of
@@ -43,16 +44,23 @@ func NewSockets(low, high uint16) (*Sockets, error) {
 	if max(low, lo) > min(high, hi) {
 		return nil, fmt.Errorf("local ports %d to %d lie outside those of the host, %d to %d (net.ipv4.ip_local_port_range)", low, high, lo, hi)
 	}
-	s := &Sockets{ports: uint32(min(high, hi))<<16 | uint32(max(low, lo))}
+	s := &Sockets{
+		ports: uint32(min(high, hi))<<16 | uint32(max(low, lo)),
+		count: int(min(high, hi)) - int(max(low, lo)) + 1,
+	}
 	ok, err := s.probe()
 	if err != nil {
 		return nil, fmt.Errorf("probe socket options: %w", err)
 	}
 	if !ok {
-		s.ports = 0
+		s.ports, s.count = 0, int(hi)-int(lo)+1
 	}
 	return s, nil
 }
+
+// Ports returns how many local ports the sockets of one address have towards
+// one target.
+func (s *Sockets) Ports() int { return s.count }
 
 // PortRange returns the local ports that sockets use, and false when the
 // kernel lacks IP_LOCAL_PORT_RANGE (6.3) and uses the sysctl's.
@@ -98,6 +106,7 @@ type pin struct {
 	mark   uint32
 	device string // SO_BINDTODEVICE, "" for none
 	ports  uint32
+	free   bool // IP_FREEBIND: the source is of a prefix that is local as a whole
 }
 
 // control is the net.Dialer's hook.
@@ -121,6 +130,13 @@ func (p *pin) set(fd int) error {
 	if p.device != "" {
 		if err := unix.SetsockoptString(fd, unix.SOL_SOCKET, unix.SO_BINDTODEVICE, p.device); err != nil {
 			return os.NewSyscallError("setsockopt SO_BINDTODEVICE", err)
+		}
+	}
+	if p.free {
+		// IPv6 binds to no address that is on no interface without it, also when
+		// a local route covers it; IPv4 does.
+		if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_FREEBIND, 1); err != nil {
+			return os.NewSyscallError("setsockopt IP_FREEBIND", err)
 		}
 	}
 	// A bind reserves a port for all destinations unless it is left to connect

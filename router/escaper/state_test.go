@@ -148,7 +148,7 @@ func TestKill(t *testing.T) {
 		got <- err
 	}()
 	p.SetFamilyState(selection.V4, escaper.Down, reason.Error())
-	if n := p.Kill(addr("127.0.0.2"), reason); n != 2 { // the state change has closed the idle one
+	if n := p.Kill(one("127.0.0.2"), reason); n != 2 { // the state change has closed the idle one
 		t.Errorf("killed %d connections, want 2", n)
 	}
 	select {
@@ -175,7 +175,7 @@ func TestKill(t *testing.T) {
 	if !errors.Is(late, reason) {
 		t.Errorf("OnKill after the kill: %v", late)
 	}
-	if p.Kill(addr("127.0.0.2"), reason) != 0 {
+	if p.Kill(one("127.0.0.2"), reason) != 0 {
 		t.Error("killed twice")
 	}
 	if c := p.Counters(); c.Open != 2 { // relayed, until its relay lets go, and v6
@@ -192,7 +192,7 @@ func TestKill(t *testing.T) {
 	if _, err := d.Open(context.Background(), forward(literal(four.addr), "a", "1")); !errors.Is(err, selection.ErrDown) {
 		t.Errorf("a new one: %v", err)
 	}
-	if n := p.Kill(netip.Addr{}, reason); n != 1 {
+	if n := p.Kill(netip.Prefix{}, reason); n != 1 {
 		t.Errorf("killed %d, want the last one", n)
 	}
 	_ = other.Close()
@@ -211,7 +211,7 @@ func TestKillWhileDialling(t *testing.T) {
 	}()
 	time.Sleep(50 * time.Millisecond) // nothing tells that a request was sent; too early would find the path down as well
 	p.SetFamilyState(selection.V4, escaper.Down, "gone")
-	if n := p.Kill(addr("127.0.0.2"), errors.New("gone")); n != 0 {
+	if n := p.Kill(one("127.0.0.2"), errors.New("gone")); n != 0 {
 		t.Errorf("killed %d", n)
 	}
 	answer()
@@ -238,7 +238,7 @@ func TestKillConcurrent(t *testing.T) {
 			default:
 			}
 			p.SetFamilyState(selection.V4, escaper.Down, "gone")
-			p.Kill(addr("127.0.0.2"), errors.New("gone"))
+			p.Kill(one("127.0.0.2"), errors.New("gone"))
 			p.SetFamilyState(selection.V4, escaper.Up, "")
 			d.Table().Publish()
 		}
@@ -382,7 +382,7 @@ func TestReload(t *testing.T) {
 	if gone.Path.Counters().Open != 0 {
 		t.Errorf("kept idle on a path that has gone: %+v", gone.Path.Counters())
 	}
-	if n := table.Path("out/a").Kill(addr("127.0.0.2"), errors.New("gone")); n != 2 || inUse.Killed() == nil {
+	if n := table.Path("out/a").Kill(one("127.0.0.2"), errors.New("gone")); n != 2 || inUse.Killed() == nil {
 		t.Errorf("killed %d, want those of before and after the reload", n)
 	}
 }

@@ -15,9 +15,9 @@ import (
 
 // attemptOn is attempt on a task: the same socket, bound alike, as a bare
 // descriptor, which gives the thread back while the connect is under way.
-func (d *Direct) attemptOn(ctx context.Context, k Task, p *Path, to netip.AddrPort, until time.Time) (int, netip.AddrPort, error) {
+func (d *Direct) attemptOn(ctx context.Context, k Task, p *Path, src sources, to netip.AddrPort, until time.Time) (int, netip.AddrPort, error) {
 	f := selection.FamilyOf(to.Addr())
-	from := p.source(f)
+	from := src.of(f)
 	if !from.IsValid() { // no pin at all
 		return -1, netip.AddrPort{}, p.familyError(f)
 	}
@@ -31,6 +31,7 @@ func (d *Direct) attemptOn(ctx context.Context, k Task, p *Path, to netip.AddrPo
 		}
 		r, err := p.classify(err, from, to)
 		p.count(r)
+		d.observe(p, r, to, err)
 		return -1, local, err
 	}
 	if err := p.verify(local, from); err != nil {
@@ -38,6 +39,7 @@ func (d *Direct) attemptOn(ctx context.Context, k Task, p *Path, to netip.AddrPo
 		return -1, local, err
 	}
 	p.count(ResultOK)
+	d.observe(p, ResultOK, to, nil)
 	return fd, local, nil
 }
 

@@ -167,7 +167,7 @@ func TestTaskKilled(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		if n := p.Kill(addr("127.0.0.2"), gone); n != 1 {
+		if n := p.Kill(one("127.0.0.2"), gone); n != 1 {
 			t.Errorf("killed %d", n)
 		}
 		if _, err := unix.GetsockoptInt(c.FD, unix.SOL_SOCKET, unix.SO_TYPE); err != nil {

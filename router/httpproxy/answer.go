@@ -1,14 +1,18 @@
 package httpproxy
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
 	"net/http"
 	"strconv"
 	"syscall"
+	"time"
 
+	"wayout/router/auth"
 	"wayout/router/escaper"
+	"wayout/router/relay"
 	"wayout/selection"
 )
 
@@ -37,43 +41,58 @@ func judge(err error) verdict {
 	}{
 		{errCredentialsMissing, verdict{http.StatusProxyAuthRequired, "http_request_denied", false}},
 		{errCredentials, verdict{http.StatusProxyAuthRequired, "http_request_denied", false}},
+		{auth.ErrLimit, verdict{http.StatusTooManyRequests, "http_request_denied", true}},
 		{errAuthBusy, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
 		{errNoRoom, verdict{http.StatusServiceUnavailable, "connection_limit_reached", true}},
-
-		{selection.ErrMalformed, verdict{http.StatusBadRequest, "http_request_error", false}},
-		{selection.ErrUnknown, verdict{http.StatusBadRequest, "http_request_error", false}},
-		{selection.ErrNotPassed, verdict{http.StatusBadRequest, "http_request_error", false}},
-		{selection.ErrDisabled, verdict{http.StatusBadRequest, "http_request_error", false}},
-		{selection.ErrForbidden, verdict{http.StatusForbidden, "http_request_denied", false}},
-		// Before ErrDown: a policy that found no path may say why by wrapping both.
-		{escaper.ErrNoPath, verdict{http.StatusServiceUnavailable, "destination_unavailable", true}},
-		{selection.ErrDown, verdict{http.StatusServiceUnavailable, "destination_unavailable", true}},
-		{selection.ErrFamily, verdict{http.StatusBadGateway, "destination_ip_unroutable", false}},
-		{selection.ErrBind, verdict{http.StatusServiceUnavailable, "proxy_internal_error", false}},
-		{selection.ErrPorts, verdict{http.StatusServiceUnavailable, "connection_limit_reached", false}},
-
-		{escaper.ErrProhibited, verdict{http.StatusForbidden, "destination_ip_prohibited", false}},
-		{escaper.ErrDNSTimeout, verdict{http.StatusGatewayTimeout, "dns_timeout", false}},
-		{escaper.ErrDNS, verdict{http.StatusBadGateway, "dns_error", false}},
-		{escaper.ErrRefused, verdict{http.StatusBadGateway, "connection_refused", false}},
-		{escaper.ErrReset, verdict{http.StatusBadGateway, "connection_terminated", false}},
-		{escaper.ErrUnreachable, verdict{http.StatusBadGateway, "destination_ip_unroutable", false}},
-		{escaper.ErrTimeout, verdict{http.StatusGatewayTimeout, "connection_timeout", false}},
-		{escaper.ErrGuarded, verdict{http.StatusServiceUnavailable, "proxy_internal_error", false}},
-		{escaper.ErrClosed, verdict{http.StatusServiceUnavailable, "destination_unavailable", true}},
-
-		// The daemon's own means.
-		{syscall.EMFILE, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
-		{syscall.ENFILE, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
-		{syscall.ENOBUFS, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
-		{syscall.ENOMEM, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
-		{errStopped, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
+		{relay.ErrStopped, verdict{http.StatusServiceUnavailable, "proxy_internal_error", true}},
 	} {
 		if errors.Is(err, row.is) {
 			return row.verdict
 		}
 	}
-	return verdict{http.StatusInternalServerError, "proxy_internal_error", false}
+	// The status is for every protocol alike, the rest is HTTP's.
+	v := verdict{status: escaper.StatusOf(err), kind: "proxy_internal_error"}
+	for _, row := range [...]struct {
+		is    error
+		kind  string
+		retry bool
+	}{
+		{selection.ErrMalformed, "http_request_error", false},
+		{selection.ErrUnknown, "http_request_error", false},
+		{selection.ErrNotPassed, "http_request_error", false},
+		{selection.ErrDisabled, "http_request_error", false},
+		{selection.ErrForbidden, "http_request_denied", false},
+		// Before ErrDown: a policy that found no path may say why by wrapping both.
+		{escaper.ErrNoPath, "destination_unavailable", true},
+		{selection.ErrDown, "destination_unavailable", true},
+		{selection.ErrFamily, "destination_ip_unroutable", false},
+		{selection.ErrBind, "proxy_internal_error", false},
+		{selection.ErrPorts, "connection_limit_reached", false},
+
+		{escaper.ErrProhibited, "destination_ip_prohibited", false},
+		{escaper.ErrDNSTimeout, "dns_timeout", false},
+		{escaper.ErrDNS, "dns_error", false},
+		{escaper.ErrRefused, "connection_refused", false},
+		{escaper.ErrReset, "connection_terminated", false},
+		{escaper.ErrUnreachable, "destination_ip_unroutable", false},
+		{escaper.ErrTimeout, "connection_timeout", false},
+		{escaper.ErrGuarded, "proxy_internal_error", false},
+		{escaper.ErrResources, "proxy_internal_error", true},
+		{escaper.ErrClosed, "destination_unavailable", true},
+		{context.Canceled, "proxy_internal_error", true},
+
+		// The daemon's own means.
+		{syscall.EMFILE, "proxy_internal_error", true},
+		{syscall.ENFILE, "proxy_internal_error", true},
+		{syscall.ENOBUFS, "proxy_internal_error", true},
+		{syscall.ENOMEM, "proxy_internal_error", true},
+	} {
+		if errors.Is(err, row.is) {
+			v.kind, v.retry = row.kind, row.retry
+			break
+		}
+	}
+	return v
 }
 
 // judgeOrigin is judge for what happened on a connection to an origin that
@@ -84,7 +103,7 @@ func judgeOrigin(err error) verdict {
 	case errors.As(err, &f):
 		status, kind := f.originStatus()
 		return verdict{status, kind, false}
-	case errors.Is(err, selection.ErrDown), errors.Is(err, escaper.ErrClosed), errors.Is(err, errStopped):
+	case errors.Is(err, selection.ErrDown), errors.Is(err, escaper.ErrClosed), errors.Is(err, relay.ErrStopped):
 		return verdict{http.StatusServiceUnavailable, "destination_unavailable", true}
 	case isTimeout(err):
 		return verdict{http.StatusGatewayTimeout, "connection_write_timeout", false}
@@ -98,7 +117,7 @@ func judgeOrigin(err error) verdict {
 func (x *exchange) refuseHead(err error) outcome {
 	var f fault
 	if !errors.As(err, &f) {
-		if !errors.Is(err, io.EOF) && !errors.Is(err, errStopped) {
+		if !errors.Is(err, io.EOF) && !errors.Is(err, relay.ErrStopped) {
 			x.observe(0, err)
 		}
 		return drop
@@ -118,7 +137,7 @@ func (x *exchange) refuse(err error) outcome {
 		return over
 	}
 	v := judge(err)
-	more := x.wantsMore && x.body.done && x.rec.Method != "CONNECT" && !x.s.draining.Load()
+	more := x.wantsMore && x.body.done && x.rec.Method != "CONNECT" && !x.s.front.Draining()
 	var f fault
 	if errors.As(err, &f) && !isOrigin(err) || errors.Is(err, errNoRoom) {
 		more = false // where room is short, a client's connection is too
@@ -152,7 +171,9 @@ func (x *exchange) appendAnswer(out []byte, v *verdict, err error, more bool) []
 		out = append(out, "Proxy-Authenticate: Basic realm=\"wayout\"\r\n"...)
 	}
 	if v.retry {
-		out = append(out, "Retry-After: 1\r\n"...)
+		out = append(out, "Retry-After: "...)
+		out = strconv.AppendInt(out, int64(max(time.Second, auth.RetryAfter(err))/time.Second), 10)
+		out = append(out, "\r\n"...)
 	}
 	out = append(out, "Proxy-Status: wayout; error="...)
 	out = append(out, v.kind...)

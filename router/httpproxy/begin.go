@@ -3,9 +3,6 @@ package httpproxy
 import (
 	"bytes"
 	"syscall"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"wayout/router/relay"
 )
@@ -15,8 +12,9 @@ import (
 // and tunnel wake no other thread. Everything else becomes a Go connection with
 // a goroutine of its own, which is what conn.own does.
 
-// begin serves a new client connection.
-func (s *Server) begin(k *relay.Task, a relay.Accepted) {
+// Begin serves a new client connection, as a task. It returns when the
+// connection has ended, has become a tunnel, or is served elsewhere.
+func (s *Server) Begin(k *relay.Task, a relay.Accepted) {
 	c := s.newBare(k, a)
 	if !c.first() {
 		c.leave()
@@ -27,7 +25,7 @@ func (s *Server) begin(k *relay.Task, a relay.Accepted) {
 		if c.own() {
 			go func() {
 				c.serve()
-				s.untrack(c.shard, c)
+				s.front.Untrack(c.shard, c)
 			}()
 		}
 		return
@@ -37,7 +35,7 @@ func (s *Server) begin(k *relay.Task, a relay.Accepted) {
 	x.free()
 	c.finish(o)
 	if c.shard != nil { // it has left the worker
-		s.untrack(c.shard, c)
+		s.front.Untrack(c.shard, c)
 	}
 }
 
@@ -45,15 +43,15 @@ func (s *Server) newBare(k *relay.Task, a relay.Accepted) *conn {
 	c := &conn{s: s, task: k, fd: a.FD, client: a.Remote, local: a.Local}
 	c.in.pool, c.in.dead = &s.buffers, &c.dead
 	c.out.limit, c.out.dead = s.o.Timeouts.Write, &c.dead
-	c.tunnel = &tunnel{s: s, task: k}
-	c.tunnel.shard = s.track(c.tunnel)
+	c.tunnel = &tunnel{Bare: relay.Bare{Task: k}, s: s}
+	c.tunnel.shard = s.front.Track(c.tunnel)
 	return c
 }
 
 // leave ends a bare connection's being tracked.
 func (c *conn) leave() {
 	c.in.drop()
-	c.s.untrack(c.tunnel.shard, c.tunnel)
+	c.s.front.Untrack(c.tunnel.shard, c.tunnel)
 }
 
 // first reads what the client begins with.
@@ -62,34 +60,10 @@ func (c *conn) first() bool {
 		if c.readable(uintptr(c.fd)) {
 			return c.readErr == nil && c.in.buffered() > 0
 		}
-		if !c.awaitBare() {
+		if !c.tunnel.AwaitFirst(c.s.front, c.fd, c.s.o.Timeouts.Idle) {
 			return false
 		}
 	}
-}
-
-// awaitBare is await on a task.
-func (c *conn) awaitBare() bool {
-	t := c.tunnel
-	t.idle.Store(true)
-	if c.s.draining.Load() {
-		t.idle.Store(false)
-		return false
-	}
-	var until time.Time
-	if d := c.s.o.Timeouts.Idle; d > 0 {
-		until = time.Now().Add(d)
-	}
-	_, err := c.task.Wait(c.fd, unix.EPOLLIN, until)
-	t.idle.Store(false)
-	if err == nil && c.s.draining.Load() {
-		// A request that came in the very moment of a Shutdown is served.
-		c.task.Spare()
-		if t.dead.Load() {
-			return false
-		}
-	}
-	return err == nil
 }
 
 // isWholeConnect says whether what was read is a CONNECT's whole head.
@@ -137,11 +111,11 @@ func (c *conn) own() bool {
 	c.task, c.fd, c.tunnel = nil, -1, nil
 	c.wake = c.readable
 	// Tracked twice for a moment rather than not at all.
-	c.shard = c.s.track(c)
-	if t.dead.Load() {
-		c.cut()
+	c.shard = c.s.front.Track(c)
+	if t.Dead() {
+		c.Cut()
 	}
-	c.s.untrack(t.shard, t)
+	c.s.front.Untrack(t.shard, t)
 	return true
 }
 

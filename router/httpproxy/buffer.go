@@ -1,7 +1,6 @@
 package httpproxy
 
 import (
-	"errors"
 	"sync"
 	"time"
 )
@@ -52,9 +51,6 @@ func (p *buffers) put(b []byte) {
 		p.large.Put((*[largeBuffer]byte)(b[:largeBuffer]))
 	}
 }
-
-// errStopped ends the I/O of a goroutine that another one has told to stop.
-var errStopped = errors.New("stopped")
 
 // past is a deadline that has been missed.
 func past() time.Time { return time.Unix(1, 0) }

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"wayout/router/escaper"
 	"wayout/router/relay"
 )
 
@@ -26,9 +27,10 @@ type conn struct {
 	wake     func(fd uintptr) bool // bound once: c.readable
 	readErr  error
 	idle     atomic.Bool
-	upstream atomic.Pointer[net.TCPConn] // of the request under way
-	dead     atomic.Bool                 // cut: readers and writers of both sides look at it
-	shard    *shard
+	upstream atomic.Pointer[escaper.Conn] // of the request under way
+	paced    bool                         // its bandwidth is bounded
+	dead     atomic.Bool                  // cut: readers and writers of both sides look at it
+	shard    *relay.Shard
 
 	// Of a connection that has not left the worker: see begin.go.
 	task   *relay.Task // nil: it has, and tcp is set
@@ -129,10 +131,10 @@ func (c *conn) await() bool {
 	c.idle.Store(true)
 	defer c.idle.Store(false)
 	var err error
-	if !c.s.draining.Load() {
+	if !c.s.front.Draining() {
 		err = c.raw.Read(c.wake)
 	}
-	if c.s.draining.Load() && c.in.buffered() == 0 && c.readErr == nil {
+	if c.s.front.Draining() && c.in.buffered() == 0 && c.readErr == nil {
 		// A request that is there already is served: its client, perhaps a new
 		// one, has done nothing wrong.
 		err = c.raw.Control(func(fd uintptr) { c.readable(fd) })
@@ -163,20 +165,21 @@ func (c *conn) readable(fd uintptr) bool {
 	}
 }
 
-// endIdle ends the connection if it waits for a request.
-func (c *conn) endIdle() {
+// EndIdle ends the connection if it waits for a request.
+func (c *conn) EndIdle() {
 	if c.idle.Load() {
 		c.in.stop()
 	}
 }
 
-func (c *conn) cut() {
+// Cut ends the connection.
+func (c *conn) Cut() {
 	c.dead.Store(true)
 	// Both directions of both sides: whatever the request waits for. It fails
 	// only on a connection that is closed, where nobody waits.
 	_ = c.tcp.SetDeadline(past())
 	if up := c.upstream.Load(); up != nil {
-		_ = up.SetDeadline(past())
+		_ = up.TCP.SetDeadline(past())
 	}
 }
 

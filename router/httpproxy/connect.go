@@ -14,7 +14,7 @@ func (x *exchange) connect() outcome {
 	if x.c.task != nil {
 		x.req.Task = x.c.task
 	}
-	conn, err := x.s.o.Open(x.s.ctx, x.req)
+	conn, err := x.s.o.Open(x.s.front.Context(), x.req)
 	x.rec.Choice = x.req.Choice
 	if err != nil {
 		return x.refuse(err)
@@ -39,20 +39,20 @@ func (x *exchange) connect() outcome {
 		}
 		return drop
 	}
-	return x.tunnel(http.StatusOK, nil)
+	return x.tunnel(http.StatusOK, conn.Early)
 }
 
 // A tunnel is what is left of a request once the relay moves its bytes.
 type tunnel struct {
+	relay.Bare // of the client's side; with a task where the connection began as one
+
 	s     *Server
 	conn  *escaper.Conn
 	rec   escaper.Record
-	shard *shard
+	shard *relay.Shard
 	relay atomic.Pointer[relay.Tunnel]
-	dead  atomic.Bool
 
-	task *relay.Task // that the connection began as; nil: none
-	idle atomic.Bool // and waits for its client to speak
+	counted counted
 }
 
 // tunnel hands both connections to the relay, with what was read ahead: from
@@ -66,22 +66,23 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 	t.rec.Status = status
 	a, b, err := x.handOver()
 	if err != nil {
-		if t.task != nil {
-			t.task.Leave()
+		if t.Task != nil {
+			t.Task.Leave()
 		}
 		x.observe(status, err)
 		if t.shard != nil {
-			x.s.untrack(t.shard, t)
+			x.s.front.Untrack(t.shard, t)
 		}
 		return gone
 	}
 	if t.shard == nil {
-		t.shard = x.s.track(t)
+		t.shard = x.s.front.Track(t)
 	}
+	t.counted, x.counted = x.counted, counted{}
 	handle, err := x.s.o.Relay.Start(relay.Spec{
-		A: a, B: b, Task: t.task,
+		A: a, B: b, Task: t.Task,
 		ToB: x.c.in.unread(), ToA: toClient,
-		Idle: x.s.o.Timeouts.TunnelIdle,
+		Idle: x.s.o.Timeouts.TunnelIdle, Bandwidth: x.bandwidth(),
 		Done: t.done, Prompt: x.s.o.Prompt,
 	})
 	if err != nil {
@@ -89,7 +90,7 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 		return gone
 	}
 	t.relay.Store(handle)
-	if t.dead.Load() {
+	if t.Dead() {
 		handle.Kill(escaper.ErrClosed)
 	}
 	// The path's address may have gone meanwhile: it is called at once then.
@@ -103,20 +104,13 @@ func (t *tunnel) done(r relay.Result) {
 	t.rec.Duration = time.Since(t.rec.Start)
 	t.rec.BytesOut, t.rec.BytesIn, t.rec.Err = r.AToB, r.BToA, r.Cause
 	t.s.observe(&t.rec)
-	t.s.untrack(t.shard, t)
+	t.counted.end(t.s)
+	t.s.front.Untrack(t.shard, t)
 }
 
-func (t *tunnel) endIdle() {
-	if t.idle.Load() {
-		t.task.Kill(errStopped)
-	}
-}
-
-func (t *tunnel) cut() {
-	t.dead.Store(true)
-	if t.task != nil {
-		t.task.Kill(errStopped)
-	}
+// Cut ends the tunnel, or what leads to it.
+func (t *tunnel) Cut() {
+	t.Bare.Cut()
 	if h := t.relay.Load(); h != nil {
 		h.Kill(escaper.ErrClosed)
 	}

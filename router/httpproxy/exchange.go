@@ -2,7 +2,6 @@ package httpproxy
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -24,6 +23,9 @@ type exchange struct {
 	early []byte
 	rec   escaper.Record
 	req   *escaper.Request // new for each request: the door may hold on to it
+
+	user    *auth.User // nil: nobody in particular
+	counted counted
 
 	// What the head says, for when the client's buffer has moved on.
 	authority []byte // of the target; refers to the head
@@ -67,6 +69,7 @@ const maxFields = 64
 
 // free gives the exchange back, without anything of its request.
 func (x *exchange) free() {
+	x.counted.end(x.s)
 	x.up.drop()
 	x.dropHead()
 	if x.c.out.out != nil {
@@ -79,7 +82,7 @@ func (x *exchange) free() {
 		}
 		h.reset(nil)
 	}
-	x.c, x.req, x.conn = nil, nil, nil
+	x.c, x.req, x.conn, x.user = nil, nil, nil, nil
 	x.early, x.authority, x.path = nil, nil, nil
 	x.body.in, x.resBody.in = nil, nil
 	x.body.payload, x.resBody.payload = 0, 0
@@ -132,11 +135,16 @@ func (x *exchange) run() outcome {
 		Client: x.c.client, Local: x.c.local,
 		Target: x.lastTarget,
 	}
-	x.req.Selection.Server = x.s.o.ServerSelection
+	if x.s.o.ServerSelection != nil {
+		x.req.Selection.Server = x.s.o.ServerSelection(x.c.local)
+	}
 	if err := x.authenticate(); err != nil {
 		return x.refuse(err)
 	}
 	if err := x.readSelection(); err != nil {
+		return x.refuse(err)
+	}
+	if err := x.count(); err != nil {
 		return x.refuse(err)
 	}
 	if connect {
@@ -209,57 +217,6 @@ func (x *exchange) admit() error {
 
 // errNoRoom: the daemon takes no new work.
 var errNoRoom = errors.New("no room for this request")
-
-// authenticate checks the credentials, if the server asks for any.
-func (x *exchange) authenticate() error {
-	g := x.s.o.Group
-	if g == nil {
-		return nil
-	}
-	if x.head.authorization < 0 {
-		return errCredentialsMissing
-	}
-	name, password, err := auth.ParseBasic(string(x.head.value(x.head.authorization)))
-	if err != nil {
-		return fmt.Errorf("%w: %w", errCredentials, err)
-	}
-	u := g.Verified(name, password)
-	if u == nil {
-		u, err = x.verify(g, name, password)
-	}
-	switch {
-	case err == nil:
-	case errors.Is(err, auth.ErrAuth):
-		return fmt.Errorf("%w: %w", errCredentials, err)
-	default:
-		return fmt.Errorf("%w: %w", errAuthBusy, err)
-	}
-	x.rec.User, x.req.User, x.req.Group = u.Name, u.Name, g.Name()
-	x.req.Allow = u.Allow
-	x.req.Selection.User = u.Selection
-	return nil
-}
-
-// verify checks credentials that are not known: that may take its time.
-func (x *exchange) verify(g *auth.Group, name, password string) (*auth.User, error) {
-	if x.c.task != nil {
-		x.c.task.Leave()
-	}
-	ctx := x.s.ctx
-	if d := x.s.o.Timeouts.Auth; d > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, d)
-		defer cancel()
-	}
-	return g.Verify(ctx, name, password)
-}
-
-// Failures of authentication.
-var (
-	errCredentialsMissing = errors.New("proxy authentication required")
-	errCredentials        = errors.New("proxy authentication failed")
-	errAuthBusy           = errors.New("password not checked in time")
-)
 
 // readSelection reads the path selection header, all copies of it.
 func (x *exchange) readSelection() error {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"wayout/router/escaper"
+	"wayout/router/relay"
 )
 
 // forward serves an absolute-form request.
@@ -25,13 +26,15 @@ func (x *exchange) forward() outcome {
 	again := idempotent(x.rec.Method) && x.body.done && !x.upgrades
 	x.req.Reuse = again
 	for {
-		conn, err := x.s.o.Open(x.s.ctx, x.req)
+		conn, err := x.s.o.Open(x.s.front.Context(), x.req)
 		x.rec.Choice = x.req.Choice
 		if err != nil {
 			return x.refuse(err)
 		}
 		x.attach(conn)
-		err = x.send()
+		if err = x.pace(); err == nil {
+			err = x.send()
+		}
 		if err == nil {
 			err = x.receiveHead()
 		}
@@ -68,7 +71,7 @@ func (x *exchange) lastHop() (done bool, o outcome) {
 		// To send the request back would show the client nothing it has not sent.
 		status = http.StatusMethodNotAllowed
 	}
-	more := x.wantsMore && x.body.done && !x.s.draining.Load()
+	more := x.wantsMore && x.body.done && !x.s.front.Draining()
 	w := x.out(smallBuffer)
 	w.out = appendStatus(w.out, status)
 	w.out = append(w.out, "Allow: CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\nContent-Length: 0\r\n"...)
@@ -151,7 +154,11 @@ func (x *exchange) attach(conn *escaper.Conn) {
 	x.up.stopped.Store(false)
 	x.upw.stopped.Store(false)
 	x.up.deadline, x.upw.deadline = deadline{}, deadline{}
-	x.c.upstream.Store(conn.TCP) // for a cut; one before this is seen by dead
+	if n := len(conn.Early); n > 0 {
+		x.up.take(x.s.buffers.get(n))
+		x.up.w = copy(x.up.buf, conn.Early)
+	}
+	x.c.upstream.Store(conn) // for a cut; one before this is seen by dead
 }
 
 // send writes the request head and what is there of the body, and leaves the
@@ -241,7 +248,7 @@ func (x *exchange) fail(err error) outcome {
 	_ = x.conn.Close()
 	var f fault
 	switch {
-	case srcErr == nil || errors.Is(srcErr, errStopped):
+	case srcErr == nil || errors.Is(srcErr, relay.ErrStopped):
 		if x.c.dead.Load() {
 			x.observe(0, escaper.ErrClosed)
 			return drop

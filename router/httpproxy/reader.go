@@ -4,13 +4,23 @@ import (
 	"io"
 	"net"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"wayout/router/relay"
 )
+
+// stream is a bare stream socket: a *net.TCPConn, or the end of a pair of
+// sockets.
+type stream interface {
+	net.Conn
+	syscall.Conn
+}
 
 // A reader is the receiving half of a connection with what was read ahead.
 // One goroutine uses it at a time; stop may be called by any.
 type reader struct {
-	tcp      *net.TCPConn
+	tcp      stream
 	pool     *buffers
 	buf      []byte // its capacity is the buffer; nil while nothing is held
 	r, w     int    // buf[r:w] is unread
@@ -47,11 +57,11 @@ func (r *reader) fill(limit time.Duration) error {
 	// After the deadline is set, so that a stop either finds it set and
 	// overrides it, or is seen here.
 	if r.halted() {
-		return errStopped
+		return relay.ErrStopped
 	}
 	n, err := r.tcp.Read(r.buf[r.w:])
 	if r.halted() {
-		return errStopped
+		return relay.ErrStopped
 	}
 	r.full = n == len(r.buf)-r.w
 	r.w += n

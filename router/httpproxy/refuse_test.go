@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -412,7 +413,9 @@ func TestOperatorsMapWins(t *testing.T) {
 	g := group(t, auth.User{Name: "x", Selection: selection.Layer{{Escaper: "out", Value: selection.ID("b")}}})
 	r := newRig(t, func(o *httpproxy.Options) {
 		o.Group = g
-		o.ServerSelection = selection.Layer{{Escaper: "out", Value: selection.ID("c")}}
+		o.ServerSelection = func(netip.AddrPort) selection.Layer {
+			return selection.Layer{{Escaper: "out", Value: selection.ID("c")}}
+		}
 	})
 	at := origin(t, whoami)
 	w := r.dial()

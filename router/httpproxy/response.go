@@ -67,7 +67,7 @@ func (x *exchange) relay(unwanted bool) outcome {
 		}
 	}
 	persistent := from != frameClose && !h.close && (h.minor == 1 || h.keepAlive)
-	more := x.wantsMore && to != frameClose && !unwanted && !x.s.draining.Load()
+	more := x.wantsMore && to != frameClose && !unwanted && !x.s.front.Draining()
 
 	x.writeResponseHead(to, length, more)
 	x.resBody.start(&x.up, from, length, &x.s.response)

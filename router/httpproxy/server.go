@@ -20,13 +20,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 	"time"
 
 	"wayout/router/auth"
@@ -41,21 +39,31 @@ type Options struct {
 	Name    string // the server's name, in records
 	Escaper string // its escaper: where a request's chain starts
 
-	Group           *auth.Group     // nil: no authentication
-	SelectionHeader string          // name of the path selection header, "" when off
-	ServerSelection selection.Layer // the server's own select
-	ReportEgress    bool            // tell the client which path and address it got
+	Group           *auth.Group // nil: no authentication
+	SelectionHeader string      // name of the path selection header, "" when off
+	UsernameParams  bool        // user names may have parameters; needs Group
+	ReportEgress    bool        // tell the client which path and address it got
+	// ServerSelection is the server's own select, for the address that a client
+	// connected to. May be nil.
+	ServerSelection func(local netip.AddrPort) selection.Layer
 
 	Limits   Limits
 	Timeouts Timeouts
+	Meter    *auth.Meter // what the server's limits count; nil: none
 
 	// Admit is asked before anything is done for a request: an error refuses it
 	// with 503, because the daemon's means run short. nil admits all.
 	Admit func() error
+	// Vet is asked whether user-name parameters go together, before anything
+	// else is; an error refuses them as malformed ones. nil: they do.
+	Vet func(*escaper.Request) error
 	// Open is the one door (escaper.Door.Open).
 	Open func(context.Context, *escaper.Request) (*escaper.Conn, error)
 	// Relay moves the bytes of tunnels.
 	Relay *relay.Engine
+	// Front is shared with the front ends of other protocols on the same port;
+	// nil: the server has one of its own.
+	Front *relay.Front
 	// Observe is called once for each request when it is over, from any
 	// goroutine. The record is the callee's only for the call. May be nil.
 	Observe func(*escaper.Record)
@@ -129,35 +137,11 @@ func (t *Timeouts) setDefaults() {
 // Server is one http_proxy front end.
 type Server struct {
 	o         Options
+	front     *relay.Front
 	request   headLimits
 	response  headLimits
 	buffers   buffers
 	exchanges sync.Pool
-
-	ctx      context.Context // of what the server waits for; ends with a cut
-	cancel   context.CancelFunc
-	draining atomic.Bool
-	open     atomic.Int64  // connections and tunnels
-	quiet    chan struct{} // told when open comes to 0 while draining
-	nextID   atomic.Uint32
-	shards   [16]shard
-
-	stop      chan struct{} // closed when draining begins
-	mu        sync.Mutex    // of acceptors
-	acceptors map[*relay.Acceptor]struct{}
-}
-
-// A shard is a part of the set of what is open, with a lock of its own.
-type shard struct {
-	mu   sync.Mutex
-	open map[tracked]struct{}
-	_    [40]byte // shards share no cache line
-}
-
-// tracked is a client connection or a tunnel.
-type tracked interface {
-	endIdle() // ends it if it waits for a request
-	cut()     // ends it
 }
 
 // New makes a server. It opens nothing.
@@ -167,6 +151,8 @@ func New(o Options) (*Server, error) {
 		return nil, errors.New("http proxy: no door to open")
 	case o.Relay == nil:
 		return nil, errors.New("http proxy: no relay engine")
+	case o.UsernameParams && o.Group == nil:
+		return nil, errors.New("http proxy: user-name parameters without users")
 	case o.SelectionHeader != "":
 		name := []byte(o.SelectionHeader)
 		if !allToken(name) || classify(name, "") != kindOther {
@@ -178,8 +164,10 @@ func New(o Options) (*Server, error) {
 	}
 	o.Limits.setDefaults()
 	o.Timeouts.setDefaults()
-	s := &Server{o: o, quiet: make(chan struct{}, 1), acceptors: map[*relay.Acceptor]struct{}{}, stop: make(chan struct{})}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s := &Server{o: o, front: o.Front}
+	if s.front == nil {
+		s.front = relay.NewFront(relay.FrontOptions{Name: o.Name, Relay: o.Relay, Logger: o.Logger})
+	}
 	s.request = headLimits{
 		fields: o.Limits.Fields, target: o.Limits.Target,
 		selection: strings.ToLower(o.SelectionHeader),
@@ -187,79 +175,12 @@ func New(o Options) (*Server, error) {
 	// A response has nothing to do with the selection header; an origin's
 	// field of that name goes to the client.
 	s.response = headLimits{fields: o.Limits.ResponseFields, response: true}
-	for i := range s.shards {
-		s.shards[i].open = map[tracked]struct{}{}
-	}
 	return s, nil
 }
 
-// Serve lets the relay's workers accept clients on l until Shutdown, and then
-// returns nil. It closes l. Errors that pass, such as no descriptors being left,
-// are waited out, with one line in the log for each burst.
-func (s *Server) Serve(l *relay.Listener) error {
-	s.mu.Lock()
-	if s.draining.Load() {
-		s.mu.Unlock()
-		return l.Close()
-	}
-	a, err := s.o.Relay.Accept(l, s.begin)
-	if err != nil {
-		s.mu.Unlock()
-		return err
-	}
-	s.acceptors[a] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.acceptors, a)
-		s.mu.Unlock()
-		// Shutdown may have closed it already.
-		_ = a.Close()
-	}()
-
-	const shortest, longest = 5 * time.Millisecond, time.Second
-	var pause time.Duration
-	var last time.Time // that it went on
-	for {
-		select {
-		case err = <-a.Errors():
-		case <-s.stop:
-			return nil
-		}
-		switch {
-		case s.draining.Load():
-			return nil
-		case !passes(err):
-			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
-		case time.Since(last) > longest: // a new burst
-			pause = 0
-			s.o.Logger.Warn("accept failed, trying on", "server", s.o.Name, "listen", l.Addr().String(), "err", err)
-		}
-		pause = min(max(2*pause, shortest), longest)
-		select {
-		case <-time.After(pause):
-		case <-s.stop:
-			return nil
-		}
-		last = time.Now()
-		if err := a.Resume(); err != nil && !s.draining.Load() {
-			return err
-		}
-	}
-}
-
-// passes reports whether an error of accept is about the moment and not about
-// the listener.
-func passes(err error) bool {
-	if errors.Is(err, net.ErrClosed) {
-		return false
-	}
-	switch {
-	case errors.Is(err, syscall.EBADF), errors.Is(err, syscall.EINVAL), errors.Is(err, syscall.ENOTSOCK), errors.Is(err, io.EOF):
-		return false
-	}
-	return true
-}
+// Serve lets the relay's workers accept clients on l until Shutdown: see
+// relay.Front.Serve.
+func (s *Server) Serve(l *relay.Listener) error { return s.front.Serve(l, s.Begin) }
 
 // ServeConn serves one client connection, which belongs to the server from
 // then on, and returns when it is over or has become a tunnel. pre holds what
@@ -271,104 +192,19 @@ func (s *Server) ServeConn(tcp *net.TCPConn, pre []byte) {
 		_ = tcp.Close()
 		return
 	}
-	c.shard = s.track(c)
+	c.shard = s.front.Track(c)
 	c.serve()
-	s.untrack(c.shard, c)
-}
-
-func (s *Server) track(t tracked) *shard {
-	sh := &s.shards[int(s.nextID.Add(1))%len(s.shards)]
-	s.open.Add(1)
-	sh.mu.Lock()
-	sh.open[t] = struct{}{}
-	sh.mu.Unlock()
-	return sh
-}
-
-func (s *Server) untrack(sh *shard, t tracked) {
-	sh.mu.Lock()
-	delete(sh.open, t)
-	sh.mu.Unlock()
-	if s.open.Add(-1) == 0 && s.draining.Load() {
-		s.tellQuiet()
-	}
-}
-
-func (s *Server) tellQuiet() {
-	select {
-	case s.quiet <- struct{}{}:
-	default:
-	}
-}
-
-func (s *Server) each(f func(tracked)) {
-	for i := range s.shards {
-		sh := &s.shards[i]
-		sh.mu.Lock()
-		for t := range sh.open {
-			f(t)
-		}
-		sh.mu.Unlock()
-	}
+	s.front.Untrack(c.shard, c)
 }
 
 // Open returns the number of client connections and tunnels.
-func (s *Server) Open() int { return int(s.open.Load()) }
+func (s *Server) Open() int { return s.front.Open() }
 
-// Quiesce stops accepting and ends the client connections that wait for a
-// request. No request begins after it has returned; those under way go on.
-func (s *Server) Quiesce() error {
-	s.mu.Lock()
-	if !s.draining.Swap(true) {
-		close(s.stop)
-	}
-	var errs []error
-	for a := range s.acceptors {
-		// What it has accepted is tracked when it is closed.
-		if err := a.Close(); err != nil {
-			errs = append(errs, fmt.Errorf("close listener: %w", err))
-		}
-	}
-	clear(s.acceptors)
-	s.mu.Unlock()
-	s.each(tracked.endIdle)
-	return errors.Join(errs...)
-}
+// Quiesce is relay.Front's.
+func (s *Server) Quiesce() error { return s.front.Quiesce() }
 
-// Shutdown is Quiesce, and waits for the requests and tunnels that are under
-// way. When ctx ends first, these are cut and its error is returned.
-func (s *Server) Shutdown(ctx context.Context) error {
-	err := s.Quiesce()
-	for s.open.Load() > 0 {
-		select {
-		case <-s.quiet:
-		case <-ctx.Done():
-			s.cancel()
-			s.each(tracked.cut)
-			s.awaitCut()
-			return errors.Join(err, ctx.Err())
-		}
-	}
-	s.cancel()
-	s.tellQuiet() // whoever else may be waiting
-	return err
-}
-
-// awaitCut waits until all that was cut is over, which is soon: nothing of it
-// waits for a peer any more.
-func (s *Server) awaitCut() {
-	const most = 5 * time.Second
-	end := time.NewTimer(most)
-	defer end.Stop()
-	for s.open.Load() > 0 {
-		select {
-		case <-s.quiet:
-		case <-end.C:
-			s.o.Logger.Warn("connections outlive their end", "server", s.o.Name, "open", s.open.Load())
-			return
-		}
-	}
-}
+// Shutdown is relay.Front's.
+func (s *Server) Shutdown(ctx context.Context) error { return s.front.Shutdown(ctx) }
 
 func (s *Server) observe(r *escaper.Record) {
 	if s.o.Observe != nil {

@@ -79,7 +79,7 @@ func TestKilledTunnel(t *testing.T) {
 	w.send("CONNECT " + echo(t) + " HTTP/1.1\r\nX-Egress-Path: b\r\n\r\nx")
 	w.expect("HTTP/1.1 200 Connection established\r\n\r\nx")
 	gone := errors.New("address gone")
-	if n := r.table.Path("out/b").Kill(netip.MustParseAddr("127.0.0.2"), gone); n != 1 {
+	if n := r.table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), gone); n != 1 {
 		t.Fatalf("%d connections ended", n)
 	}
 	if _, err := w.br.ReadByte(); err == nil || errors.Is(err, io.EOF) {
@@ -104,7 +104,7 @@ func TestKilledForward(t *testing.T) {
 	w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: x\r\nX-Egress-Path: b\r\n\r\n")
 	<-got
 	r.table.Path("out/b").SetFamilyState(selection.V4, escaper.Down, "address gone")
-	r.table.Path("out/b").Kill(netip.MustParseAddr("127.0.0.2"), selection.Refuse(selection.ErrDown, "path out/b is down: address gone"))
+	r.table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), selection.Refuse(selection.ErrDown, "path out/b is down: address gone"))
 	if res, body := w.response("GET"); res.StatusCode != 503 || !strings.Contains(body, "address gone") {
 		t.Errorf("%s %q", res.Status, body)
 	}

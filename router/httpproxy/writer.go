@@ -7,12 +7,14 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"wayout/router/relay"
 )
 
 // A writer is the sending half of a connection, with what is to be sent before
 // anything else.
 type writer struct {
-	tcp      *net.TCPConn
+	tcp      stream
 	out      []byte // to be sent first; its buffer is lent by whoever uses the writer
 	limit    time.Duration
 	deadline deadline
@@ -30,7 +32,7 @@ func (w *writer) arm(limit time.Duration) error {
 		return err
 	}
 	if w.halted() {
-		return errStopped
+		return relay.ErrStopped
 	}
 	return nil
 }
@@ -128,19 +130,19 @@ func (w *writer) splice(src *reader, n int64, limit time.Duration) (moved int64,
 			return moved, err, nil
 		}
 		if src.halted() {
-			return moved, errStopped, nil
+			return moved, relay.ErrStopped, nil
 		}
 		if err := w.arm(2 * w.limit); err != nil {
 			return moved, nil, err
 		}
 		step := min(n-moved, spliceStep)
 		w.split = io.LimitedReader{R: src.tcp, N: step}
-		m, err := w.tcp.ReadFrom(&w.split)
+		m, err := w.readFrom()
 		moved += m
 		w.sent += m
 		switch {
 		case src.halted():
-			return moved, errStopped, nil
+			return moved, relay.ErrStopped, nil
 		case err == nil && m == step:
 		case err == nil:
 			return moved, io.EOF, nil
@@ -157,4 +159,13 @@ func (w *writer) splice(src *reader, n int64, limit time.Duration) (moved int64,
 		}
 	}
 	return moved, nil, nil
+}
+
+// readFrom moves what split holds. Only the end of a pair of sockets, to a TLS
+// peer, cannot have it spliced.
+func (w *writer) readFrom() (int64, error) {
+	if tcp, is := w.tcp.(io.ReaderFrom); is {
+		return tcp.ReadFrom(&w.split)
+	}
+	return io.Copy(w.tcp, &w.split)
 }

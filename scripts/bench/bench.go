@@ -294,6 +294,9 @@ func (b *bench) measure(ctx context.Context, p *proxy, m mode, via string, besid
 	j := m.job
 	v := b.vars(p)
 	j.Via, j.Proxy, j.Local, j.Header = via, fmt.Sprintf("%s:%d", hostInner, listenPort), clientAddrs(), p.header
+	if via == viaSOCKS && p.both {
+		j.Proxy, j.Header = fmt.Sprintf("%s:%d", hostInner, socksPort), "" // the policy chooses: any of the sources is right
+	}
 	j.Targets = []string{target(0)}
 	if p.tunnel != viaDirect {
 		j.Sources, j.Group = v.Sources, *p.group

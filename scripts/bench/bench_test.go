@@ -65,7 +65,7 @@ func TestRun(t *testing.T) {
 	lab.Require(t)
 	o := tiny(t)
 	t.Setenv("TMPDIR", t.TempDir())
-	o.modes = []string{"connect", "http"}
+	o.modes = []string{"connect", "socks5", "http"}
 	var tables bytes.Buffer
 	if err := run(t.Context(), o, &tables); err != nil {
 		t.Fatalf("%v\n%s", err, &tables)
@@ -78,8 +78,8 @@ func TestRun(t *testing.T) {
 	if err := json.Unmarshal(text, &got); err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Samples) != 8 || len(got.Summary) != 4 {
-		t.Fatalf("%d samples and %d rows of 2 peers, 2 modes, 2 rounds:\n%s", len(got.Samples), len(got.Summary), text)
+	if len(got.Samples) != 12 || len(got.Summary) != 6 {
+		t.Fatalf("%d samples and %d rows of 2 peers, 3 modes, 2 rounds:\n%s", len(got.Samples), len(got.Summary), text)
 	}
 	for _, s := range got.Samples {
 		if s.Failed != "" || s.Errors > 0 || s.Ops == 0 || s.Checked < s.Ops || s.Wrong > 0 {
@@ -89,7 +89,7 @@ func TestRun(t *testing.T) {
 			t.Errorf("CPU of %s is %v", s.Peer, s.CPU)
 		}
 	}
-	for _, want := range []string{"connect: new tunnel", "| wayout", "| direct", "0 of "} {
+	for _, want := range []string{"connect: new tunnel", "socks5: new SOCKS5 tunnel", "| wayout", "| direct", "0 of "} {
 		if !strings.Contains(tables.String(), want) {
 			t.Errorf("no %q in\n%s", want, &tables)
 		}
@@ -220,9 +220,42 @@ func TestCPUOfAGroup(t *testing.T) {
 	_ = cmd.Wait() // killed
 }
 
+// Each peer takes part in the modes that it can: SOCKS5 tunnels are compared with
+// SOCKS5 tunnels.
+func TestVia(t *testing.T) {
+	want := map[string]map[string]string{
+		"connect": {
+			"direct": viaDirect, "wayout": viaConnect, "squid": viaConnect, "tinyproxy": viaConnect,
+			"dante": viaSOCKS, "microsocks": viaSOCKS, "haproxy-tcp": viaRelay, "nginx-stream": viaRelay,
+		},
+		"socks5": {
+			"direct": viaDirect, "wayout": viaSOCKS, "dante": viaSOCKS, "microsocks": viaSOCKS,
+			"haproxy-tcp": viaRelay, "nginx-stream": viaRelay,
+		},
+		"http": {
+			"direct": viaDirect, "wayout": viaHTTP, "squid": viaHTTP, "tinyproxy": viaHTTP,
+			"haproxy-http": viaHTTP, "haproxy-tcp": viaRelay, "nginx-stream": viaRelay,
+		},
+	}
+	for _, m := range modes(1, 100) {
+		if want[m.name] == nil {
+			continue
+		}
+		for _, p := range allPeers() {
+			if got := p.via(&m); got != want[m.name][p.name] {
+				t.Errorf("%s in %s by %q, want %q", p.name, m.name, got, want[m.name][p.name])
+			}
+		}
+		delete(want, m.name)
+	}
+	if len(want) > 0 {
+		t.Errorf("no such modes: %v", want)
+	}
+}
+
 func TestTemplates(t *testing.T) {
 	v := &vars{
-		Dir: "/d", Listen: "192.0.2.1", Port: 1, Source: "192.0.2.2", Sources: []string{"192.0.2.2", "192.0.2.3"},
+		Dir: "/d", Listen: "192.0.2.1", Port: 1, SOCKSPort: 2, Source: "192.0.2.2", Sources: []string{"192.0.2.2", "192.0.2.3"},
 		Origin: "192.0.2.4:80", Files: 100, Conns: 40, CPUs: 2,
 	}
 	for _, p := range allPeers() {

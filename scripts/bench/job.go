@@ -42,6 +42,7 @@ type mode struct {
 	unit       string  // that CPU is told for
 	scale      float64 // from CPU seconds per operation or byte to the unit shown
 	fresh      bool    // needs a proxy that has done nothing else
+	socks      bool    // tunnels by SOCKS5 alone
 	job        job
 }
 
@@ -56,6 +57,9 @@ func modes(scale float64, hold int) []mode {
 	}
 	return []mode{
 		{name: "connect", what: "new tunnel, one request, close; 32 clients", unit: "CPU us", scale: us, job: job{
+			Kind: "tunnel", Clients: 32, Ops: n(4000), WarmOps: n(200), For: t(8 * time.Second),
+		}},
+		{name: "socks5", what: "new SOCKS5 tunnel without a selection, one request, close; 32 clients", unit: "CPU us", scale: us, socks: true, job: job{
 			Kind: "tunnel", Clients: 32, Ops: n(4000), WarmOps: n(200), For: t(8 * time.Second),
 		}},
 		{name: "tunnel-c1", what: "the same, one client", unit: "CPU us", scale: us, job: job{

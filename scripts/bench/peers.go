@@ -29,21 +29,23 @@ type peer struct {
 	owner   string   // user that has to be able to write its directory
 	tunnel  string   // how it makes tunnels, "" when it makes none
 	forward bool     // it takes absolute-form requests
+	both    bool     // it makes tunnels by SOCKS5 too, on socksPort
 	header  string   // of each request: %s is the source to leave by
 	note    string
 }
 
 // vars is what the templates see.
 type vars struct {
-	Dir     string // its own directory
-	Listen  string // address to listen on
-	Port    int
-	Source  string   // to leave by
-	Sources []string // when each request names its own
-	Origin  string   // address and port, for relays
-	Files   int      // limit of open files
-	Conns   int      // connections that have to be possible
-	CPUs    int
+	Dir       string // its own directory
+	Listen    string // address to listen on
+	Port      int
+	SOCKSPort int      // of those that have one for SOCKS5 alone
+	Source    string   // to leave by
+	Sources   []string // when each request names its own
+	Origin    string   // address and port, for relays
+	Files     int      // limit of open files
+	Conns     int      // connections that have to be possible
+	CPUs      int
 }
 
 func (v *vars) fill(text string) (string, error) {
@@ -67,6 +69,10 @@ func (p *peer) via(m *mode) string {
 		return ""
 	case p.tunnel == viaDirect || p.tunnel == viaRelay:
 		return p.tunnel
+	case m.socks && (p.both || p.tunnel == viaSOCKS):
+		return viaSOCKS
+	case m.socks:
+		return ""
 	case m.job.Kind == "http" && p.forward:
 		return viaHTTP
 	case m.job.Kind == "http":
@@ -80,9 +86,9 @@ func allPeers() []*peer {
 	return []*peer{
 		{name: "direct", tunnel: viaDirect, note: "no proxy: the host forwards packets"},
 		{
-			name: "wayout", program: "wayout", version: []string{"version"}, tunnel: viaConnect, forward: true,
+			name: "wayout", program: "wayout", version: []string{"version"}, tunnel: viaConnect, forward: true, both: true,
 			args: []string{"serve", "--config", "{{.Dir}}/wayout.yaml"}, file: "wayout.yaml", config: wayoutConfig,
-			header: "X-Egress-Path: %s", note: "each request names one of 16 sources; counters and guard are on",
+			header: "X-Egress-Path: %s", note: "each request names one of 16 sources, by SOCKS5 the policy does; counters and guard are on",
 		},
 		{
 			name: "squid", program: "squid", version: []string{"-v"}, tunnel: viaConnect, forward: true,
@@ -130,6 +136,7 @@ escaper:
     enable_path_selection: true
     bind_ip: [{{range $i, $a := .Sources}}{{if $i}}, {{end}}"{{$a}}"{{end}}]
 server:
+  - {name: socks, type: socks_proxy, listen: "{{.Listen}}:{{.SOCKSPort}}", open: true, escaper: out}
   - {name: web, type: http_proxy, listen: "{{.Listen}}:{{.Port}}", open: true, escaper: out, path_selection_header: X-Egress-Path}
 `
 

@@ -45,11 +45,14 @@ func find(program string) (string, error) {
 }
 
 // listenPort is the same for all: never two run at a time.
-const listenPort = 3128
+const (
+	listenPort = 3128
+	socksPort  = 1080 // of a peer that has a port for each protocol
+)
 
 func (b *bench) vars(p *proxy) *vars {
 	v := &vars{
-		Dir: filepath.Join(b.dir, p.name), Listen: hostInner, Port: listenPort, Origin: target(0),
+		Dir: filepath.Join(b.dir, p.name), Listen: hostInner, Port: listenPort, SOCKSPort: socksPort, Origin: target(0),
 		// Two descriptors for a connection, and some proxies count on pipes.
 		Files: b.files, Conns: b.files * 3 / 8, CPUs: b.out.CPUs,
 	}

@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,7 +54,9 @@ func run(ctx context.Context, binary string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
-	for _, show := range []func(context.Context) error{d.selections, d.refusals, d.uplinkDown, d.wrongDial, d.paths} {
+	for _, show := range []func(context.Context) error{
+		d.selections, d.userNames, d.socks, d.routes, d.publication, d.refusals, d.explain, d.uplinkDown, d.wrongDial, d.paths,
+	} {
 		if err := show(ctx); err != nil {
 			return err
 		}
@@ -73,7 +74,6 @@ type demo struct {
 	world          *lab.World
 	origin         *lab.Origin
 	daemon         *lab.Daemon
-	proxy          netip.AddrPort
 	wrong          int // answers that were not as they should be
 }
 
@@ -85,7 +85,6 @@ func start(dir, binary string) (*demo, error) {
 	}
 	d := &demo{
 		binary: binary, world: w, config: filepath.Join(dir, "wayout.yaml"), socket: filepath.Join(dir, "control.sock"),
-		proxy: netip.AddrPortFrom(netip.MustParseAddr(lab.HostAddr4), 3128),
 	}
 	if err := d.begin(); err != nil {
 		return nil, errors.Join(err, d.close())
@@ -173,7 +172,17 @@ escaper:
 		}
 		fmt.Fprintf(&b, "      - {id: %s, ipv4: %s, ipv6: %q, uplink: %s}\n", id(i), v4[i], v6[i], uplink)
 	}
-	fmt.Fprintf(&b, `user_group:
+	fmt.Fprintf(&b, `  - name: wide
+    type: direct_fixed
+    enable_path_selection: true
+    neighbour: answer
+    nodes: [{id: whole, ipv6: %q, uplink: isp1}]
+  - {name: dyn, type: direct_float, enable_path_selection: true, uplink: isp1}
+  - name: by-name
+    type: route_select
+    enable_path_selection: true
+    next: [out, {escaper: wide, weight: 0}, {escaper: dyn, weight: 0}]
+user_group:
   - name: team
     users:
       - name: alice
@@ -183,9 +192,10 @@ escaper:
         password: %q
         egress_path: {out: lon-2}
 server:
-  - {name: open, type: http_proxy, listen: "%s:3128", open: true, escaper: out, path_selection_header: X-Egress-Path, report_egress: true}
-  - {name: team, type: http_proxy, listen: "%s:3129", user_group: team, escaper: out, path_selection_header: X-Egress-Path}
-`, hash0(&hash), hash0(&hash), lab.HostAddr4, lab.HostAddr4)
+  - {name: open, type: mixed_proxy, listen: "%s", open: true, escaper: out, path_selection_header: X-Egress-Path, socks_extension: true}
+  - {name: team, type: mixed_proxy, listen: "%s", user_group: team, escaper: out, path_selection_header: X-Egress-Path, username_params: true}
+  - {name: route, type: mixed_proxy, listen: "%s", open: true, escaper: by-name, path_selection_header: X-Egress-Path}
+`, lab.SharedNet6, hash0(&hash), hash0(&hash), d.at(open), d.at(team), d.at(route))
 	return b.String(), nil
 }
 
@@ -202,101 +212,6 @@ func id(i int) string {
 
 func indent(s string) string {
 	return "    " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n    ") + "\n"
-}
-
-// row is one request of a table, with what is expected of it.
-type row struct {
-	say    string // what is asked, in words
-	ask    lab.Ask
-	source string // the address that the origin has to see
-	status int    // the answer when it is refused
-}
-
-func (d *demo) table(ctx context.Context, rows []row) error {
-	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(out, "  asked\tanswer\tthe origin saw\t")
-	for _, r := range rows {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if r.ask.From == nil {
-			r.ask.From = d.world.Client
-		}
-		if !r.ask.Proxy.IsValid() {
-			r.ask.Proxy = d.proxy
-		}
-		if r.ask.Target == "" {
-			r.ask.Target = lab.OriginAddr4 + ":80"
-		}
-		told, err := r.ask.Do()
-		if err != nil {
-			return fmt.Errorf("%s: %w", r.say, err)
-		}
-		want := r.status
-		if want == 0 {
-			want = 200
-		}
-		saw, verdict := told.Seen.Source, "as asked"
-		if told.Status != 200 {
-			saw = "nothing: " + told.Body
-		}
-		if r.source == "" {
-			verdict = ""
-		}
-		if told.Status != want || (r.source != "" && told.Seen.Source != r.source) {
-			verdict = fmt.Sprintf("WRONG, not %d %s", want, r.source)
-			d.wrong++
-		}
-		fmt.Fprintf(out, "  %s\t%d\t%s\t%s\n", r.say, told.Status, saw, verdict)
-	}
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	if d.wrong > 0 {
-		return fmt.Errorf("%d answers were wrong", d.wrong)
-	}
-	return nil
-}
-
-func header(value string) []string { return []string{"X-Egress-Path: " + value} }
-
-func (d *demo) selections(ctx context.Context) error {
-	v4, v6 := lab.Egress4(), lab.Egress6()
-	origin6 := "[" + lab.OriginAddr6 + "]:80"
-	team := netip.AddrPortFrom(d.proxy.Addr(), 3129)
-	// base64 of alice:wonderland and bob:wonderland
-	alice, bob := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA==", "Proxy-Authorization: Basic Ym9iOndvbmRlcmxhbmQ="
-	fmt.Print("\nEach request says how it wants to leave:\n\n")
-	return d.table(ctx, []row{
-		{say: "by index: X-Egress-Path: 1", ask: lab.Ask{Header: header("1")}, source: v4[0].String()},
-		{say: "by index, the last: 0", ask: lab.Ask{Header: header("0")}, source: v4[7].String()},
-		{say: "by index, wrapping: 11", ask: lab.Ask{Header: header("11")}, source: v4[2].String()},
-		{say: "by ID: fra-2", ask: lab.Ask{Header: header("fra-2")}, source: v4[1].String()},
-		{say: "by ID, through a CONNECT tunnel: lon-3", ask: lab.Ask{Header: header("lon-3"), Tunnel: true}, source: v4[6].String()},
-		{say: "by address: " + v4[4].String(), ask: lab.Ask{Header: header(v4[4].String())}, source: v4[4].String()},
-		{say: "by map: {\"out\": \"lon-1\"}", ask: lab.Ask{Header: header(`{"out": "lon-1"}`)}, source: v4[4].String()},
-		{say: "by ID, to an IPv6 origin: fra-3", ask: lab.Ask{Header: header("fra-3"), Target: origin6}, source: v6[2].String()},
-		{say: "by IPv6 address, through a tunnel", ask: lab.Ask{Header: header(v6[5].String()), Target: origin6, Tunnel: true}, source: v6[5].String()},
-		{say: "not at all: the policy, round_robin", ask: lab.Ask{}, source: v4[0].String()},
-		{say: "not at all, once more", ask: lab.Ask{}, source: v4[1].String()},
-		{say: "alice asks for fra-4", ask: lab.Ask{Proxy: team, Header: append(header("fra-4"), alice)}, source: v4[3].String()},
-		{say: "bob is mapped to lon-2 by the operator", ask: lab.Ask{Proxy: team, Header: []string{bob}}, source: v4[5].String()},
-		{say: "bob asks for fra-1: the operator's map is stronger", ask: lab.Ask{Proxy: team, Header: append(header("fra-1"), bob)}, source: v4[5].String()},
-	})
-}
-
-func (d *demo) refusals(ctx context.Context) error {
-	team := netip.AddrPortFrom(d.proxy.Addr(), 3129)
-	alice := "Proxy-Authorization: Basic YWxpY2U6d29uZGVybGFuZA=="
-	origin6 := "[" + lab.OriginAddr6 + "]:80"
-	fmt.Print("\nWhat cannot be honoured is refused, never sent by another path:\n\n")
-	return d.table(ctx, []row{
-		{say: "an unknown ID: par-1", ask: lab.Ask{Header: header("par-1")}, status: 400},
-		{say: "a broken map: {\"out\":", ask: lab.Ask{Header: header(`{"out":`)}, status: 400},
-		{say: "lon-4 owns no IPv6, the origin has nothing else", ask: lab.Ask{Header: header("lon-4"), Target: origin6}, status: 502},
-		{say: "alice asks for lon-1, which is not hers", ask: lab.Ask{Proxy: team, Header: append(header("lon-1"), alice)}, status: 403},
-		{say: "nobody asks for fra-1", ask: lab.Ask{Proxy: team, Header: header("fra-1")}, status: 407},
-	})
 }
 
 // uplinkDown takes an uplink away and gives it back.
@@ -371,8 +286,13 @@ func (d *demo) requests() int {
 }
 
 // command runs the program on the host, for its output to be seen.
-func (d *demo) command(args ...string) error {
-	cmd, err := d.world.Host.Start(lab.Program{Path: d.binary, Args: args, Stdout: os.Stdout, Stderr: os.Stderr})
+func (d *demo) command(args ...string) error { return d.feed("", args...) }
+
+// feed is command for one that reads its standard input.
+func (d *demo) feed(input string, args ...string) error {
+	cmd, err := d.world.Host.Start(lab.Program{
+		Path: d.binary, Args: args, Stdin: strings.NewReader(input), Stdout: os.Stdout, Stderr: os.Stderr,
+	})
 	if err != nil {
 		return err
 	}

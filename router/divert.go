@@ -1,0 +1,410 @@
+package router
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"wayout/bpf"
+	"wayout/netcfg"
+	"wayout/router/config"
+	"wayout/router/relay"
+	"wayout/router/tproxy"
+	"wayout/selection"
+)
+
+// tap is what a server has to take traffic that is for other addresses than its
+// sockets have: diverted traffic, or what is for a whole prefix.
+type tap struct {
+	tcp4, tcp6 *relay.Listener // among the server's listeners too; nil: none
+	udp        *tproxy.Sockets // of flows that are not served yet
+	flows      *tproxy.Datagrams
+	options    tproxy.Options // of the flows, once they are served
+}
+
+// taps says whether a server has traffic handed to it.
+func taps(sc *config.Server) bool { return sc.Type == "tproxy" || len(sc.ListenNets) > 0 }
+
+// tapping says whether a server of the configuration has.
+func tapping(c *config.Config) bool {
+	return slices.ContainsFunc(c.Servers, func(sc config.Server) bool { return taps(&sc) })
+}
+
+// buildTransparent makes the front end of a tproxy.
+func (r *Router) buildTransparent(p *plan, s *server) error {
+	sc := s.conf
+	s.tap.options = tproxy.Options{
+		Name: sc.Name, Escaper: sc.Escaper, Group: p.groups[sc.UserGroup], Selection: sc.Select.Map,
+		TunnelIdle: sc.TunnelIdleTimeout, FlowIdle: sc.UDPIdleTimeout, Flows: sc.UDPFlows,
+		Meter: r.meters.of("server "+sc.Name, sc.Limits),
+		Admit: r.limits.admit, Open: p.door.Open, OpenPacket: p.door.OpenPacket, Relay: r.relay, Front: s.front, Logger: r.log,
+		Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)), Prompt: r.access.log == nil,
+	}
+	if sc.Sniff {
+		s.tap.options.Sniff = sc.SniffTimeout
+	}
+	front, err := tproxy.New(s.tap.options)
+	if err != nil {
+		return err
+	}
+	s.serve = front.Serve
+	return nil
+}
+
+// openTap opens the sockets that the kernel is to hand traffic to. Those of the
+// old server of the same name are shared, and its flows go on.
+func (r *Router) openTap(p *plan, s *server, old []*server) error {
+	sc := s.conf
+	var was *tap
+	for _, o := range old {
+		if o.conf.Name == sc.Name && o.conf.Type == sc.Type {
+			was = &o.tap
+		}
+	}
+	if was == nil {
+		was = &tap{}
+	}
+	four, six, udp := false, false, false
+	mark := p.client
+	if sc.Type == "tproxy" {
+		mark = p.answers.Value
+		tcp := slices.ContainsFunc(sc.Divert, func(v config.Divert) bool { return v.TCP })
+		udp = slices.ContainsFunc(sc.Divert, func(v config.Divert) bool { return !v.TCP })
+		four, six = tcp, tcp && tproxy.HasIPv6()
+	}
+	for _, n := range sc.ListenNets {
+		four, six = four || n.Prefix.Addr().Is4(), six || n.Prefix.Addr().Is6()
+	}
+	for _, x := range []struct {
+		wanted bool
+		f      selection.Family
+		was    *relay.Listener
+		to     **relay.Listener
+	}{{four, selection.V4, was.tcp4, &s.tap.tcp4}, {six, selection.V6, was.tcp6, &s.tap.tcp6}} {
+		if !x.wanted {
+			continue
+		}
+		l, err := shareOr(x.was, func() (*relay.Listener, error) { return tproxy.ListenStream(x.f, mark) })
+		if err != nil {
+			return err
+		}
+		*x.to = l
+		s.listeners = append(s.listeners, l)
+	}
+	switch {
+	case !udp:
+	case was.flows != nil:
+		s.tap.flows = was.flows
+	default:
+		var err error
+		if s.tap.udp, err = tproxy.OpenSockets(mark); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func shareOr(l *relay.Listener, open func() (*relay.Listener, error)) (*relay.Listener, error) {
+	if l == nil {
+		return open()
+	}
+	return l.Share()
+}
+
+// serveFlows lets a server's flows begin, or go on by its options.
+func (r *Router) serveFlows(s *server) {
+	var err error
+	switch {
+	case s.tap.flows != nil:
+		err = s.tap.flows.Use(s.tap.options)
+	case s.tap.udp != nil:
+		s.tap.flows, err = tproxy.NewDatagrams(s.tap.options, s.tap.udp)
+	}
+	r.fail(err)
+}
+
+// keepFlows takes from old servers the flows that new ones go on with.
+func keepFlows(old, now []*server) {
+	for _, o := range old {
+		for _, n := range now {
+			if o.tap.flows != nil && o.tap.flows == n.tap.flows {
+				o.tap.flows = nil
+			}
+		}
+	}
+}
+
+// closeTaps closes the sockets of flows that nobody serves yet.
+func closeTaps(servers []*server) error {
+	var errs []error
+	for _, s := range servers {
+		if s.tap.flows == nil && s.tap.udp != nil {
+			errs = append(errs, s.tap.udp.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// sockets are those of a tap, as the kernel's program has them.
+func (t *tap) sockets() bpf.DivertSockets {
+	var out bpf.DivertSockets
+	if t.tcp4 != nil {
+		out.TCP4 = t.tcp4
+	}
+	if t.tcp6 != nil {
+		out.TCP6 = t.tcp6
+	}
+	udp := t.udp
+	if t.flows != nil {
+		udp = t.flows.Sockets()
+	}
+	if udp == nil {
+		return out
+	}
+	v4, v6 := udp.Near()
+	if v4 != nil {
+		out.UDP4 = v4
+	}
+	if v6 != nil {
+		out.UDP6 = v6
+	}
+	return out
+}
+
+// unopened are the servers of a configuration before they have sockets: what is
+// theirs is dropped.
+func unopened(c *config.Config) []*server {
+	var all []*server
+	for i := range c.Servers {
+		all = append(all, &server{conf: &c.Servers[i]})
+	}
+	return all
+}
+
+// diversion is what the kernel is to hand to servers, the first of which goes
+// before the others.
+func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
+	var v bpf.Diversion
+	add := func(e bpf.DivertEntry) {
+		e.Server = len(v.Sockets) - 1
+		if !slices.ContainsFunc(v.Entries, func(o bpf.DivertEntry) bool {
+			o.Server = e.Server
+			return o == e
+		}) {
+			v.Entries = append(v.Entries, e)
+		}
+	}
+	for _, srv := range servers {
+		if !taps(srv.conf) {
+			continue
+		}
+		v.Sockets = append(v.Sockets, srv.tap.sockets())
+		for _, n := range srv.conf.ListenNets {
+			add(bpf.DivertEntry{Prefix: n.Prefix, Protocol: unix.IPPROTO_TCP, First: n.First, Last: n.Last})
+		}
+		for _, name := range srv.conf.Interface {
+			l, ok := s.Link(name)
+			for _, d := range srv.conf.Divert {
+				// The rules are there already for one that is yet to come.
+				add(bpf.DivertEntry{Interface: uint32(l.Index), Absent: !ok, Protocol: protocol(d), First: d.First, Last: d.Last})
+			}
+		}
+	}
+	return v
+}
+
+func protocol(d config.Divert) uint8 {
+	if d.TCP {
+		return unix.IPPROTO_TCP
+	}
+	return unix.IPPROTO_UDP
+}
+
+// diverts are the interfaces whose traffic the network's rules lead here.
+func diverts(c *config.Config) []netcfg.Divert {
+	var all []netcfg.Divert
+	for _, sc := range c.Servers {
+		for _, name := range sc.Interface {
+			i := slices.IndexFunc(all, func(d netcfg.Divert) bool { return d.Interface == name })
+			if i < 0 {
+				i = len(all)
+				all = append(all, netcfg.Divert{Interface: name})
+			}
+			if sc.Rest == "drop" {
+				all[i].Rest = netcfg.RestDrop
+			}
+			for _, d := range sc.Divert {
+				all[i].Ports = append(all[i].Ports, netcfg.DivertPorts{Protocol: protocol(d), First: d.First, Last: d.Last})
+			}
+		}
+	}
+	return all
+}
+
+// divertDir is where the diverting programs of a daemon are pinned, beside those
+// that end with it.
+func divertDir(mount string, c *config.Config) string {
+	return filepath.Join(mount, "wayout", instance(c)+"-divert")
+}
+
+// openDiverter opens what diverts. Without pins nothing would stop diverted
+// traffic when the daemon ends.
+func openDiverter(c *config.Config) (*bpf.Diverter, error) {
+	mount, err := bpf.BPFFS(true)
+	if err != nil {
+		return nil, fmt.Errorf("diverted traffic has to be stopped when the daemon ends: %w", err)
+	}
+	return bpf.NewDiverter(divertDir(mount, c))
+}
+
+// cleanDiverter removes what an earlier run has left pinned.
+func cleanDiverter(c *config.Config) error {
+	mount, err := bpf.BPFFS(false)
+	if errors.Is(err, bpf.ErrNotMounted) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return bpf.CleanDivert(divertDir(mount, c))
+}
+
+// divert has the kernel hand to servers what is theirs.
+func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
+	k := r.kernel
+	if k.diverter == nil {
+		if !slices.ContainsFunc(servers, func(s *server) bool { return taps(s.conf) }) {
+			return nil
+		}
+		var err error
+		if k.diverter, err = openDiverter(r.o.Config); err != nil {
+			return err
+		}
+	}
+	// Its own addresses first: a moment later they would be taken.
+	if err := k.diverter.SetOwn(s.Own()); err != nil {
+		return err
+	}
+	v := diversion(servers, s)
+	if err := k.diverter.Set(v); err != nil {
+		return err
+	}
+	k.diverted = v.Entries
+	return nil
+}
+
+// followDiverts brings what is diverted in line with the host's addresses and
+// interfaces.
+func (r *Router) followDiverts(s *netcfg.Snapshot) {
+	k := r.kernel
+	if k.diverter == nil {
+		return
+	}
+	if err := k.diverter.SetOwn(s.Own()); err != nil {
+		r.log.Error("the host's own addresses cannot be exempted from what is diverted", "err", err)
+	}
+	if slices.Equal(diversion(r.servers, s).Entries, k.diverted) {
+		return
+	}
+	if err := r.divert(r.servers, s); err != nil {
+		r.log.Error("traffic cannot be diverted", "err", err)
+	}
+}
+
+// divertBoth has the kernel hand to the servers of the next configuration what
+// is theirs, and go on taking what only the old one's do.
+func (r *Router) divertBoth(next []*server) error {
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return err
+	}
+	return r.divert(slices.Concat(next, r.servers), have)
+}
+
+// settleDiverts ends what only servers before took, rules first: what they lead
+// here and nobody takes would be the host's own.
+func (r *Router) settleDiverts() {
+	if r.kernel.diverter == nil {
+		return
+	}
+	have, err := r.kernel.net.Read()
+	if err == nil {
+		err = netcfg.Diff(have, r.want).Deletes().Apply(r.kernel.net)
+	}
+	if err == nil {
+		err = r.divert(r.servers, have)
+	}
+	if err != nil {
+		r.log.Error("what was diverted before cannot be let go", "err", err)
+	}
+}
+
+// closeDiverter ends the diverting. What comes for a tproxy stays stopped, until
+// the next start or clean.
+func (r *Router) closeDiverter() error {
+	d := r.kernel.diverter
+	if d == nil {
+		return nil
+	}
+	r.kernel.diverter = nil
+	c := r.plan.config
+	if len(r.want.Diverts) == 0 {
+		return errors.Join(d.Close(), cleanDiverter(r.o.Config))
+	}
+	r.log.Info("diverted traffic stays stopped: wayout clean lifts that")
+	have, err := r.kernel.net.Read()
+	if err == nil {
+		rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
+		err = d.Set(diversion(rest, have))
+	}
+	return errors.Join(err, d.Close())
+}
+
+// holdDiverts stops what a configuration diverts while no daemon takes it.
+func holdDiverts(c *config.Config, k *netcfg.Netlink) (err error) {
+	if !tapping(c) {
+		return nil
+	}
+	claim, err := k.Claim()
+	if errors.Is(err, netcfg.ErrClaimed) {
+		return nil // a daemon does
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, claim.Close()) }()
+	have, err := k.Read()
+	if err != nil {
+		return err
+	}
+	d, err := openDiverter(c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.SetOwn(have.Own()); err != nil {
+		return err
+	}
+	rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
+	return d.Set(diversion(rest, have))
+}
+
+// listeningNets stands for the prefixes that a server listens on: their ports, on
+// every own address of the family.
+func listeningNets(sc *config.Server) []netip.AddrPort {
+	var all []netip.AddrPort
+	for _, n := range sc.ListenNets {
+		any := netip.IPv6Unspecified()
+		if n.Prefix.Addr().Is4() {
+			any = netip.IPv4Unspecified()
+		}
+		for port := uint32(n.First); port <= uint32(n.Last); port++ {
+			all = append(all, netip.AddrPortFrom(any, uint16(port)))
+		}
+	}
+	return all
+}
