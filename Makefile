@@ -7,8 +7,9 @@ LDFLAGS  := -X main.version=$(VERSION)
 FUZZTIME ?= 60s
 CLANG    ?= clang-14
 STRIP    ?= llvm-strip-14
+VMKERNEL ?= linux-image-cloud-amd64
 
-.PHONY: help build demo test soak lint fmt bench fuzz generate install clean
+.PHONY: help build demo test soak lint fmt bench fuzz vm generate install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,12 @@ bench: ## microbenchmarks, and the tests that hot paths make no garbage; BENCH=r
 
 fuzz: ## every fuzz target for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) ./scripts/fuzz
+
+vm: ## give the eBPF objects to the kernel of Debian's VMKERNEL, in a virtual machine (needs qemu-system-x86; installs nothing)
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+		package=$$(apt-cache depends --no-recommends --no-suggests $(VMKERNEL) | awk '/Depends: linux-image-/ { print $$2; exit }') && \
+		(cd "$$dir" && apt-get download -qq -o APT::Sandbox::User=root "$${package:-$(VMKERNEL)}" && dpkg -x *.deb .) && \
+		$(GO) run ./scripts/vm -kernel "$$dir"/boot/vmlinuz-*
 
 generate: ## rebuild what is generated and committed (needs clang-14 and libbpf's headers)
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) $(GO) generate ./...

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -351,19 +352,28 @@ func (d *Diverter) watchOn(index uint32) error {
 			return err
 		}
 	}
-	// First of all: another's verdict may be the last.
-	l, err := link.AttachTCX(link.TCXOptions{Interface: int(index), Program: d.objs.Fragments, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
+	l, err := attachFragments(index, d.objs.Fragments)
 	if errors.Is(err, unix.ENODEV) {
 		return nil // nothing comes in by it either
 	}
 	if err != nil {
-		return tooOldToDivert(fmt.Errorf("attach the program for fragments to interface %d: %w", index, plain(err)))
+		return err
 	}
 	if err := pinAt(d.dir, name, l); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	d.edges[index] = l
 	return nil
+}
+
+// attachFragments puts the program before others of its kind, whose verdict may be
+// the last.
+func attachFragments(index uint32, prog *ebpf.Program) (link.Link, error) {
+	l, err := link.AttachTCX(link.TCXOptions{Interface: int(index), Program: prog, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
+	if err != nil {
+		return nil, tooOldToDivert(fmt.Errorf("attach the program for fragments to interface %d: %w", index, plain(err)))
+	}
+	return l, nil
 }
 
 // SetOwn says which addresses are the host's own: what comes in for them is left
@@ -484,5 +494,15 @@ func ProbeDivert() Feature {
 	if err != nil {
 		return feature(f, err)
 	}
-	return feature(f, objs.Close())
+	defer objs.Close()
+	// Older kernels take the programs and cannot attach that for fragments. No
+	// interface has that number; a kernel with tcx looks for it and says so.
+	l, err := attachFragments(math.MaxInt32, objs.Fragments)
+	if err == nil {
+		return feature(f, l.Close())
+	}
+	if errors.Is(err, unix.ENODEV) {
+		err = nil
+	}
+	return feature(f, err)
 }

@@ -119,6 +119,7 @@
 // # Requirements
 //
 // Linux 5.15, cgroup v2, CAP_BPF and CAP_NET_ADMIN (CAP_SYS_ADMIN to mount the
-// bpf file system); for a Responder Linux 6.6 and CAP_NET_RAW. The objects are for
+// bpf file system); below Linux 6.8 CAP_PERFMON as well, without which the verifier
+// lets no part of what is kept on the stack be overwritten; for a Responder Linux 6.6 and CAP_NET_RAW. The objects are for
 // little-endian CPUs and are rebuilt, byte for byte, by go generate with clang 14.
 package bpf

@@ -11,6 +11,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 
 	"wayout/scripts/lab"
@@ -390,10 +391,14 @@ func withRights(f func() error, caps ...int) error {
 	return <-c
 }
 
-// TestLeastRights loads the programs with two capabilities; without CAP_PERFMON
-// the verifier allows less. With one it says which is missing.
+// TestLeastRights loads the programs with three capabilities, and with two on
+// the kernels that take them so; without CAP_PERFMON the verifier allows less.
+// With one it says which is missing.
+//
+// Linux 6.8 is the first that lets a part of a number on the stack be overwritten.
 func TestLeastRights(t *testing.T) {
 	lab.Require(t)
+	const linux68 = 6<<16 | 8<<8
 	load := func() error {
 		k, err := loadTables(testLayout(t, DefaultMask), 1, false)
 		if err != nil {
@@ -405,8 +410,20 @@ func TestLeastRights(t *testing.T) {
 		}
 		return errors.Join(pin.Close(), k.Close())
 	}
-	if err := withRights(load, unix.CAP_BPF, unix.CAP_NET_ADMIN); err != nil {
-		t.Errorf("%+v", err)
+	if err := withRights(load, unix.CAP_BPF, unix.CAP_NET_ADMIN, unix.CAP_PERFMON); err != nil {
+		t.Errorf("with CAP_PERFMON: %+v", err)
+	}
+	err := withRights(load, unix.CAP_BPF, unix.CAP_NET_ADMIN)
+	told := errors.Is(err, unix.EACCES) && strings.Contains(err.Error(), "lacks CAP_PERFMON")
+	if version, unknown := features.LinuxVersionCode(); unknown != nil || err != nil && (version >= linux68 || !told) {
+		t.Errorf("without CAP_PERFMON: %+v", err)
+	}
+	refused := func() error { return plain(unix.EACCES) }
+	if err := withRights(refused, unix.CAP_BPF); !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), "lacks CAP_PERFMON") {
+		t.Errorf("the verifier's refusal is told as %q", err)
+	}
+	if err := withRights(refused, unix.CAP_PERFMON); err != unix.EACCES { //nolint:errorlint // the very same
+		t.Errorf("with CAP_PERFMON the verifier's refusal is told as %q", err)
 	}
 	for has, want := range map[int]string{unix.CAP_BPF: "lacks CAP_NET_ADMIN", unix.CAP_NET_ADMIN: "lacks CAP_BPF"} {
 		err := withRights(load, has)

@@ -85,7 +85,7 @@ func probeRights() Feature {
 	}
 	return feature(Feature{
 		Name: "right to use bpf()", Since: "5.8", Need: NeedAll,
-		Remedy: "run as root, or give the unit AmbientCapabilities=CAP_BPF CAP_NET_ADMIN",
+		Remedy: "run as root, or give the unit AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_PERFMON",
 	}, err)
 }
 

@@ -12,8 +12,12 @@ import (
 
 // plain makes a refusal of the kernel say what is missing. The library's own
 // text blames the memlock limit, which no kernel since 5.11 applies to bpf().
-// What is not a refusal stays as it is.
+// What is not a refusal stays as it is, but that a verdict of the verifier is
+// completed by the right that older kernels want for these programs.
 func plain(err error) error {
+	if errors.Is(err, unix.EACCES) {
+		return perfmon(err)
+	}
 	if err == nil || !errors.Is(err, unix.EPERM) {
 		return err
 	}
@@ -31,15 +35,10 @@ func plain(err error) error {
 // missingRights names the capabilities that eBPF needs and that are not in
 // effect. CAP_SYS_ADMIN stands for CAP_BPF (capabilities(7)).
 func missingRights() ([]string, error) {
-	text, err := os.ReadFile("/proc/thread-self/status")
-	if err != nil {
-		return nil, fmt.Errorf("read own capabilities: %w", err)
-	}
-	caps, err := effective(string(text))
+	has, err := rights()
 	if err != nil {
 		return nil, err
 	}
-	has := func(c uint) bool { return caps>>c&1 != 0 }
 	var missing []string
 	if !has(unix.CAP_BPF) && !has(unix.CAP_SYS_ADMIN) {
 		missing = append(missing, "CAP_BPF")
@@ -48,6 +47,30 @@ func missingRights() ([]string, error) {
 		missing = append(missing, "CAP_NET_ADMIN")
 	}
 	return missing, nil
+}
+
+// perfmon says of a verdict that it may be for want of CAP_PERFMON: without it
+// older verifiers (6.1's) refuse to overwrite a part of what is kept on the
+// stack, also where that is no pointer.
+func perfmon(err error) error {
+	has, readErr := rights()
+	if readErr != nil || has(unix.CAP_PERFMON) || has(unix.CAP_SYS_ADMIN) {
+		return err
+	}
+	return fmt.Errorf("%w (this process lacks CAP_PERFMON, which older kernels want too)", err)
+}
+
+// rights tells which capabilities are in effect for the calling thread.
+func rights() (has func(capability uint) bool, err error) {
+	text, err := os.ReadFile("/proc/thread-self/status")
+	if err != nil {
+		return nil, fmt.Errorf("read own capabilities: %w", err)
+	}
+	caps, err := effective(string(text))
+	if err != nil {
+		return nil, err
+	}
+	return func(c uint) bool { return caps>>c&1 != 0 }, nil
 }
 
 func effective(status string) (uint64, error) {
