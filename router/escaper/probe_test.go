@@ -388,7 +388,7 @@ func FuzzFirstAddr(f *testing.F) {
 // cannot.
 func smallRange(t *testing.T, n uint16) *escaper.Sockets {
 	t.Helper()
-	s, err := escaper.NewSockets(40000, 40000+n-1)
+	s, err := escaper.NewSockets(41000, 41000+n-1)
 	if err != nil {
 		t.Fatal(err)
 	}
