@@ -13,6 +13,24 @@ import (
 	"github.com/miekg/dns"
 )
 
+// bothPorts listens on one loopback port for datagrams and for connections.
+func bothPorts(t *testing.T) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for range 20 {
+		u, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", u.LocalAddr().String())
+		if err == nil {
+			return u, l
+		}
+		_ = u.Close() // somebody has the port for connections: another one
+	}
+	t.Fatal("no port is free for both")
+	return nil, nil
+}
+
 // forwarder serves on a loopback port, over UDP and TCP, and asks the servers of a network.
 func forwarder(t *testing.T, n *network, timeout time.Duration, servers ...string) (at string) {
 	t.Helper()
@@ -20,14 +38,7 @@ func forwarder(t *testing.T, n *network, timeout time.Duration, servers ...strin
 	for _, s := range servers {
 		f.Servers = append(f.Servers, netip.AddrPortFrom(netip.MustParseAddr(s), 53))
 	}
-	u, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", u.LocalAddr().String())
-	if err != nil {
-		t.Skip("the port of UDP is taken for TCP")
-	}
+	u, l := bothPorts(t)
 	var served sync.WaitGroup
 	served.Go(func() {
 		if err := f.ServeUDP(u); err != nil {
