@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,11 +37,11 @@ func parseInline(attrs []attribute) (Inline, []fault) {
 	var (
 		n      Inline
 		faults []fault
-		given  = make(map[string]bool, len(attrs))
+		named  bool
 		lost   bool // an address could not be read
 	)
 	for i, a := range attrs {
-		given[a.key] = true
+		named = named || a.key == "id"
 		bad := ""
 		switch a.key {
 		case "ip", "ipv4", "ipv6":
@@ -71,7 +72,7 @@ func parseInline(attrs []attribute) (Inline, []fault) {
 	if !n.V4.IsValid() && !n.V6.IsValid() && !lost {
 		faults = append(faults, fault{-1, "ip: is required, or else ipv4 or ipv6"})
 	}
-	if !given["id"] {
+	if !named {
 		n.ID = n.source().String()
 	}
 	return n, faults
@@ -155,53 +156,6 @@ func ParsePublication(b []byte) ([]Inline, error) {
 	return nodes, nil
 }
 
-// elements splits a JSON text that is one array.
-func elements(b []byte) ([]json.RawMessage, error) {
-	dec := json.NewDecoder(bytes.NewReader(b))
-	t, err := dec.Token()
-	if err != nil {
-		return nil, notJSON(b, err)
-	}
-	if t != json.Delim('[') {
-		return nil, errors.New("want a JSON array of nodes")
-	}
-	var out []json.RawMessage
-	for dec.More() {
-		var item json.RawMessage
-		if err := dec.Decode(&item); err != nil {
-			return nil, notJSON(b, err)
-		}
-		if len(out) == maxPublished {
-			return nil, fmt.Errorf("a publication has at most %d nodes", maxPublished)
-		}
-		out = append(out, item)
-	}
-	if _, err := dec.Token(); err != nil {
-		return nil, notJSON(b, err)
-	}
-	if rest := bytes.TrimLeft(b[dec.InputOffset():], " \t\r\n"); len(rest) > 0 {
-		return nil, fmt.Errorf("line %d: something follows the array", lineOf(b, int64(len(b)-len(rest))))
-	}
-	return out, nil
-}
-
-func lineOf(b []byte, offset int64) int {
-	return 1 + bytes.Count(b[:min(max(0, offset), int64(len(b)))], []byte("\n"))
-}
-
-// notJSON says where a text is no JSON. The tokens' own errors do not know their place.
-func notJSON(b []byte, err error) error {
-	var syntax *json.SyntaxError
-	var all json.RawMessage
-	if whole := json.Unmarshal(b, &all); whole != nil {
-		err = whole
-	}
-	if !errors.As(err, &syntax) || syntax.Offset >= int64(len(b)) && strings.Contains(syntax.Error(), "unexpected end") {
-		return errors.New("not JSON: the text ends too early")
-	}
-	return fmt.Errorf("line %d: not JSON: %w", lineOf(b, syntax.Offset-1), err)
-}
-
 // publishedNode reads one node, and says what is wrong with it.
 func publishedNode(item json.RawMessage) (Inline, []string) {
 	list, faults := attributes(item)
@@ -228,60 +182,42 @@ func printable(key string) string {
 	return key
 }
 
-// attributes reads a JSON object whose values are strings, and says which are not.
+// attributes reads a JSON text that is an object whose values are strings, and says which are not.
 func attributes(object json.RawMessage) (list []attribute, faults []string) {
-	all, err := objectMembers(object)
+	all, err := members(object)
 	if err != nil {
 		return nil, []string{err.Error()}
 	}
-	seen := make(map[string]bool, len(all))
-	for _, m := range all {
-		var text string
+	list = make([]attribute, 0, len(all))
+	twice := repeatedKeys(all)
+	for i, m := range all {
+		text, ok := stringOf(m.value)
 		switch {
-		case seen[m.key]:
+		case twice(i):
 			faults = append(faults, printable(m.key)+": is given twice")
-		case m.value[0] != '"' || json.Unmarshal(m.value, &text) != nil:
+		case !ok:
 			faults = append(faults, fmt.Sprintf("%s: want a string, got %s", printable(m.key), quote(string(m.value))))
 		default:
 			list = append(list, attribute{m.key, text})
 		}
-		seen[m.key] = true
 	}
 	return list, faults
 }
 
-// A member is one key of a JSON object with its value as it is written.
-type member struct {
-	key   string
-	value json.RawMessage
-}
-
-// objectMembers splits a JSON object, keys that are repeated included.
-func objectMembers(b []byte) ([]member, error) {
-	dec := json.NewDecoder(bytes.NewReader(b))
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return nil, fmt.Errorf("want a JSON object, got %s", quote(string(b)))
-	}
-	var out []member
-	for dec.More() {
-		t, err := dec.Token()
-		key, ok := t.(string)
-		if err != nil || !ok {
-			return nil, errors.New("not a JSON object")
+// repeatedKeys says of each member whether its key is one's before it. They are asked for in order.
+func repeatedKeys(all []member) func(i int) bool {
+	const few = 16
+	if len(all) <= few { // no map for tens of thousands of small objects
+		return func(i int) bool {
+			return slices.ContainsFunc(all[:i], func(m member) bool { return m.key == all[i].key })
 		}
-		m := member{key: key}
-		if err := dec.Decode(&m.value); err != nil {
-			return nil, fmt.Errorf("not a JSON object: %w", err)
-		}
-		out = append(out, m)
 	}
-	if _, err := dec.Token(); err != nil {
-		return nil, errors.New("not a JSON object: the text ends too early")
+	seen := make(map[string]bool, len(all))
+	return func(i int) bool {
+		was := seen[all[i].key]
+		seen[all[i].key] = true
+		return was
 	}
-	if len(bytes.TrimLeft(b[dec.InputOffset():], " \t\r\n")) > 0 {
-		return nil, errors.New("something follows the JSON object")
-	}
-	return out, nil
 }
 
 // repeated says which nodes share an ID or an address, and which are called by another's address.
