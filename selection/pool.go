@@ -180,6 +180,12 @@ func (p *Pool) add(i int, n *Node) error {
 // Len returns the number of nodes, usable or not.
 func (p *Pool) Len() int { return len(p.ids) }
 
+// Position returns that of the node of an ID, from 0.
+func (p *Pool) Position(id string) (node int, known bool) {
+	i, known := p.byID[id]
+	return int(i), known
+}
+
 // Resolve returns the position, from 0, of the node that v names, usable or
 // not. When v is an address of that node, addr is the address, unmapped, and
 // fam its family: the request is pinned to that very address, also where the

@@ -106,6 +106,7 @@ type Direct struct {
 
 	datagrams datagramBuffers
 
+	begun   sync.Once
 	retired bool // it is in no table any more
 }
 
@@ -210,7 +211,7 @@ func (d *Direct) build(o *Options) error {
 func (d *Direct) begin() {
 	now := d.now()
 	for _, p := range d.paths {
-		if !p.over(now) {
+		if !p.over(now) && p.state.Load().expired {
 			d.change(p, func(s *state) { s.expired = false })
 		}
 	}

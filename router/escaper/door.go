@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,7 +20,7 @@ type Table struct {
 	direct   []*Direct
 	ordered  []Escaper // nodes before the routes that lead to them
 	paths    []*Path
-	byName   map[string]*Path
+	parents  map[*step][]*Route // the routes that lead to an escaper
 	begun    sync.Once
 }
 
@@ -28,16 +29,31 @@ type Table struct {
 func (t *Table) begin() {
 	t.begun.Do(func() {
 		for _, d := range t.direct {
-			d.begin()
+			d.begun.Do(d.begin)
 		}
+		// What a shared escaper has published meanwhile went to the routes of
+		// the table before.
+		for _, e := range t.ordered {
+			list := t.parents[e.base()]
+			e.base().parents.Store(&list)
+		}
+		t.publishRoutes()
 	})
 }
 
 // NewTable returns the table of these escapers, and ties the routes among them
 // to the escapers that they lead to. Names have to differ and to be there, and
-// no route may lead back to itself.
+// no route may lead back to itself. A route is in one table; a *Direct may also
+// be in that of before, whose place this one takes: it goes on as it is.
 func NewTable(escapers ...Escaper) (*Table, error) {
-	t := &Table{escapers: make(map[string]Escaper, len(escapers)), byName: map[string]*Path{}}
+	t := &Table{escapers: make(map[string]Escaper, len(escapers)), parents: map[*step][]*Route{}}
+	n := 0
+	for _, e := range escapers {
+		if d, is := e.(*Direct); is {
+			n += len(d.paths)
+		}
+	}
+	t.paths = make([]*Path, 0, n)
 	for _, e := range escapers {
 		if _, dup := t.escapers[e.Name()]; dup {
 			return nil, fmt.Errorf("escaper %s: there are two", e.Name())
@@ -48,10 +64,7 @@ func NewTable(escapers ...Escaper) (*Table, error) {
 			continue
 		}
 		t.direct = append(t.direct, d)
-		for _, p := range d.paths {
-			t.paths = append(t.paths, p)
-			t.byName[p.Name] = p
-		}
+		t.paths = append(t.paths, d.paths...)
 	}
 	seen := map[string]bool{} // false: on the way to it
 	for _, e := range escapers {
@@ -59,7 +72,13 @@ func NewTable(escapers ...Escaper) (*Table, error) {
 			return nil, err
 		}
 	}
-	t.Publish()
+	for _, e := range t.ordered {
+		// One that is in a table already goes on by the routes of that, until
+		// this one is in force.
+		if list := t.parents[e.base()]; e.base().parents.CompareAndSwap(nil, &list) {
+			e.publish()
+		}
+	}
 	return t, nil
 }
 
@@ -84,7 +103,7 @@ func (t *Table) tie(e Escaper, seen map[string]bool) error {
 			}
 			r.next[i] = next
 			s := next.base()
-			s.parents = append(s.parents, r)
+			t.parents[s] = append(t.parents[s], r)
 		}
 	}
 	seen[e.Name()] = true
@@ -102,7 +121,19 @@ func (t *Table) Direct(name string) *Direct {
 }
 
 // Path returns the path of that name ("out/fra-2"), or nil.
-func (t *Table) Path(name string) *Path { return t.byName[name] }
+func (t *Table) Path(name string) *Path {
+	of, id, _ := strings.Cut(name, "/")
+	if d := t.Direct(of); d != nil {
+		if i, known := d.pool.Position(id); known {
+			return d.paths[i]
+		}
+	}
+	return nil
+}
+
+// Directs returns the escapers whose nodes are paths, in the configured order.
+// The slice is not to be changed.
+func (t *Table) Directs() []*Direct { return t.direct }
 
 // Paths returns all paths, in the configured order. The slice is not to be
 // changed.
@@ -110,9 +141,24 @@ func (t *Table) Paths() []*Path { return t.paths }
 
 // Publish lets the policies of all escapers take note of the states of their
 // nodes.
-func (t *Table) Publish() {
+func (t *Table) Publish() { t.PublishOnly(func(*Direct) bool { return true }) }
+
+// PublishOnly is Publish where the states of paths have changed in some
+// escapers alone.
+func (t *Table) PublishOnly(changed func(*Direct) bool) {
+	for _, d := range t.direct {
+		if changed(d) {
+			d.publish()
+		}
+	}
+	t.publishRoutes()
+}
+
+func (t *Table) publishRoutes() {
 	for _, e := range t.ordered {
-		e.publish()
+		if r, is := e.(*Route); is {
+			r.publish()
+		}
 	}
 }
 
@@ -135,30 +181,46 @@ func (d *Door) Table() *Table { return d.table.Load() }
 // in the new table (see Options.Prior) keep the connections in use and lose the
 // idle ones. With nil the door is closed: Open then returns ErrClosed.
 func (d *Door) Swap(t *Table) *Table {
-	if old := d.table.Load(); old != nil && old != t {
-		for _, e := range old.direct {
-			e.retire()
-		}
+	leaving := d.table.Load().without(t)
+	for _, e := range leaving {
+		e.retire()
 	}
 	if t != nil {
 		t.begin()
 	}
 	old := d.table.Swap(t)
-	if old == nil || old == t {
+	if len(leaving) == 0 {
 		return old
 	}
 	kept := map[*ledger]bool{}
-	if t != nil {
-		for _, p := range t.paths {
+	for _, e := range t.without(old) {
+		for _, p := range e.paths {
 			kept[p.ledger] = true
 		}
 	}
-	for _, p := range old.paths {
-		if !kept[p.ledger] {
-			p.retire()
+	for _, e := range leaving {
+		for _, p := range e.paths {
+			if !kept[p.ledger] {
+				p.retire()
+			}
 		}
 	}
 	return old
+}
+
+// without lists the direct escapers of a table, which may be nil, that another
+// one, which may be nil too, does not have.
+func (t *Table) without(other *Table) []*Direct {
+	if t == nil {
+		return nil
+	}
+	var all []*Direct
+	for _, d := range t.direct {
+		if other == nil || other.Direct(d.name) != d {
+			all = append(all, d)
+		}
+	}
+	return all
 }
 
 // Open connects a request to its target, by the path that is selected for it

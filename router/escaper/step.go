@@ -27,8 +27,8 @@ type step struct {
 	key      PickKey
 	enabled  bool // enable_path_selection
 	sessions *Sessions
-	up       atomic.Pointer[usable] // as last published
-	parents  []*Route               // whose node it is; set once, by NewTable
+	up       atomic.Pointer[usable]   // as last published
+	parents  atomic.Pointer[[]*Route] // whose node it is in the table that is in force
 }
 
 // usable is what the published states of all nodes come to.
@@ -48,8 +48,10 @@ func (s *step) Name() string { return s.name }
 func (s *step) base() *step { return s }
 
 func (s *step) publishParents() {
-	for _, r := range s.parents {
-		r.Publish()
+	if all := s.parents.Load(); all != nil {
+		for _, r := range *all {
+			r.Publish()
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -31,7 +32,7 @@ type Health struct {
 
 	mu     sync.Mutex
 	table  *Table
-	paths  map[*ledger]*Path // of table
+	paths  map[*ledger]*Path // of those of table that are watched over, at least
 	due    tasks
 	probes map[*ledger]bool // that have a task in due, or are being probed
 	busy   int              // probes under way
@@ -71,19 +72,30 @@ func (h *Health) Use(t *Table) {
 func (h *Health) exchange(t *Table) map[*Path]*Direct {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	gone, come := h.table.without(t), t.without(h.table)
 	h.table = t
-	before, kept := h.paths, map[*Path]*Direct{}
-	h.paths = make(map[*ledger]*Path, len(t.paths))
-	now, first := h.now(), time.Duration(0)
-	for _, p := range t.paths {
-		if was := before[p.ledger]; was != nil && was.d != p.d {
-			kept[p] = was.d
+	if !slices.ContainsFunc(slices.Concat(gone, come), (*Direct).watched) {
+		return nil
+	}
+	before, kept := map[*ledger]*Direct{}, map[*Path]*Direct{}
+	for _, d := range gone {
+		for _, p := range d.paths {
+			before[p.ledger] = d
+			delete(h.paths, p.ledger)
 		}
-		h.paths[p.ledger] = p
-		if p.d.probe != nil && !h.probes[p.ledger] {
-			h.probes[p.ledger] = true
-			heap.Push(&h.due, task{now.Add(min(first, p.d.probe.Interval/2)), p.ledger, true})
-			first += firstProbes
+	}
+	now, first := h.now(), time.Duration(0)
+	for _, d := range come {
+		for _, p := range d.paths {
+			if was := before[p.ledger]; was != nil {
+				kept[p] = was
+			}
+			h.paths[p.ledger] = p
+			if d.probe != nil && !h.probes[p.ledger] {
+				h.probes[p.ledger] = true
+				heap.Push(&h.due, task{now.Add(min(first, d.probe.Interval/2)), p.ledger, true})
+				first += firstProbes
+			}
 		}
 	}
 	h.poke()
