@@ -133,6 +133,10 @@ const (
 // Read takes a snapshot.
 func (k *Netlink) Read() (*Snapshot, error) { return k.reread(nil, partAll) }
 
+// ReadAddrs takes a snapshot whose addresses are new and whose rest is that of an
+// earlier one.
+func (k *Netlink) ReadAddrs(old *Snapshot) (*Snapshot, error) { return k.reread(old, partAddrs) }
+
 // reread takes the named parts from the kernel and the others from old.
 func (k *Netlink) reread(old *Snapshot, what part) (*Snapshot, error) {
 	var links map[int]Link

@@ -194,6 +194,19 @@ func compareOps(a, b Op) int {
 		cmp.Compare(a.Rule.DPort.First, b.Rule.DPort.First), cmp.Compare(a.Rule.DPort.Last, b.Rule.DPort.Last))
 }
 
+// Touches says whether the plan is about addresses, and whether it is about
+// anything else.
+func (p Plan) Touches() (addrs, rest bool) {
+	for i := range p.Ops {
+		if p.Ops[i].Kind == KindAddress {
+			addrs = true
+		} else {
+			rest = true
+		}
+	}
+	return addrs, rest
+}
+
 // Empty says whether there is nothing to do.
 func (p Plan) Empty() bool { return len(p.Ops) == 0 }
 

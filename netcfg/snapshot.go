@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -180,6 +181,9 @@ type Snapshot struct {
 func (s *Snapshot) Since() time.Time {
 	return slices.MinFunc(s.begun[:], time.Time.Compare)
 }
+
+// SinceAddrs is when the reading of its addresses began.
+func (s *Snapshot) SinceAddrs() time.Time { return s.begun[bits.TrailingZeros8(uint8(partAddrs))] }
 
 // State is what became of an address.
 type State uint8

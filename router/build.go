@@ -31,19 +31,16 @@ type plan struct {
 	uplinks   map[string]uplink
 	host      *escaper.Host
 	table     *escaper.Table
-	door      *escaper.Door   // of table, closed until the plan is in force
-	client    uint32          // mark of listeners and what they accept
-	control   uint32          // mark of the daemon's own traffic
-	answers   netcfg.Mark     // of sockets that answer diverted clients
-	devices   []string        // interfaces that paths have to leave by
-	unbound   []*escaper.Path // paths that have only an interface
-	ports     int             // local ports of an address towards one target
-	taken     []uint32        // path numbers that the plan before does not have
+	door      *escaper.Door // of table, closed until the plan is in force
+	client    uint32        // mark of listeners and what they accept
+	control   uint32        // mark of the daemon's own traffic
+	answers   netcfg.Mark   // of sockets that answer diverted clients
+	holdings  map[*escaper.Direct]*holding
+	judged    *netcfg.Snapshot // what host was told
+	sockets   *escaper.Sockets
+	idle      *escaper.Idle // nil: no connection is kept
+	taken     []uint32      // path numbers that the plan before does not have
 	published publications
-
-	// republished: it is the plan before with other published nodes. All else
-	// of its paths is as it was.
-	republished bool
 }
 
 // uplink is an uplink with its number, which its table and its mark are made

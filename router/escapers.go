@@ -3,7 +3,6 @@ package router
 import (
 	"fmt"
 	"regexp"
-	"slices"
 	"strings"
 
 	"wayout/bpf"
@@ -14,53 +13,60 @@ import (
 
 // buildEscapers makes the escapers of a plan, and their table.
 func (r *Router) buildEscapers(p, prior *plan) error {
-	sockets, err := escaper.NewSockets(0, 0)
-	if err != nil {
+	var err error
+	if p.sockets, err = escaper.NewSockets(0, 0); err != nil {
 		return err
 	}
-	p.ports = sockets.Ports()
-	var idle *escaper.Idle
 	if k := p.config.Keepalive; k.Enable {
-		idle = escaper.NewIdle(k.MaxPerKey, k.Max, k.IdleExpire)
+		p.idle = escaper.NewIdle(k.MaxPerKey, k.Max, k.IdleExpire)
 	}
+	return r.buildTable(p, prior, func(*config.Escaper) bool { return true })
+}
+
+// buildTable makes the table of a plan, of escapers that are built anew, as the
+// routes are, and of those of the plan before.
+func (r *Router) buildTable(p, prior *plan, anew func(*config.Escaper) bool) error {
 	var all []escaper.Escaper
 	for i := range p.config.Escapers {
 		c := &p.config.Escapers[i]
 		var e escaper.Escaper
 		var err error
-		switch c.Type {
-		case "direct_fixed", "direct_float", "proxy_http", "proxy_https", "proxy_socks5":
-			e, err = r.buildDirect(p, prior, c, sockets, idle)
-		default:
+		switch {
+		case strings.HasPrefix(c.Type, "route_"):
 			e, err = r.buildRoute(c)
+		case anew(c):
+			e, err = r.buildDirect(p, prior, c)
+		default:
+			e = prior.table.Direct(c.Name)
 		}
 		if err != nil {
 			return err
 		}
 		all = append(all, e)
 	}
+	var err error
 	if p.table, err = escaper.NewTable(all...); err != nil {
 		return err
 	}
-	p.devices, p.unbound = nil, nil
-	for _, path := range p.table.Paths() {
-		if d := p.device(path); d != "" && !slices.Contains(p.devices, d) {
-			p.devices = append(p.devices, d)
+	p.holdings = map[*escaper.Direct]*holding{}
+	for _, d := range p.table.Directs() {
+		if prior != nil {
+			p.holdings[d] = prior.holdings[d]
 		}
-		if path.Unbound != 0 && !path.AnySource {
-			p.unbound = append(p.unbound, path)
+		if p.holdings[d] == nil {
+			p.holdings[d] = p.hold(d.Paths())
 		}
 	}
 	return nil
 }
 
 // buildDirect makes an escaper whose nodes are egress paths.
-func (r *Router) buildDirect(p, prior *plan, e *config.Escaper, sockets *escaper.Sockets, idle *escaper.Idle) (*escaper.Direct, error) {
+func (r *Router) buildDirect(p, prior *plan, e *config.Escaper) (*escaper.Direct, error) {
 	names := p.resolvers[e.Resolver]
 	resolver := findResolver(p.config, e.Resolver)
 	o := escaper.Options{
 		Name: e.Name, Policy: e.PickPolicy, StrictIndex: e.StrictIndex, EnableSelection: e.EnablePathSelection,
-		Resolver: names, Sockets: sockets, Idle: idle, Sessions: r.sessions,
+		Resolver: names, Sockets: p.sockets, Idle: p.idle, Sessions: r.sessions,
 		ConnectTimeout: e.ConnectTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
 		Peers: len(e.Peers) > 0, PassSelection: e.PassSelection,
 	}
@@ -81,7 +87,7 @@ func (r *Router) buildDirect(p, prior *plan, e *config.Escaper, sockets *escaper
 	if prior != nil && prior.table != nil {
 		o.Prior = prior.table.Direct(e.Name)
 	}
-	nodes, err := p.nodes(e, o.Prior)
+	nodes, err := p.nodes(e)
 	if err != nil {
 		return nil, fmt.Errorf("escaper %s: %w", e.Name, err)
 	}
@@ -103,16 +109,11 @@ func rules(list []config.Rule) []string {
 
 // nodes lists the paths of an escaper, without the numbers that the kernel
 // knows them by.
-func (p *plan) nodes(e *config.Escaper, prior *escaper.Direct) ([]escaper.NodeOptions, error) {
+func (p *plan) nodes(e *config.Escaper) ([]escaper.NodeOptions, error) {
 	var nodes []escaper.NodeOptions
 	switch {
 	case e.Type == "direct_float":
 		return p.floating(e), nil
-	case p.republished:
-		for _, path := range prior.Paths() {
-			nodes = append(nodes, path.NodeOptions)
-		}
-		return nodes, nil
 	case len(e.Peers) > 0:
 		for i := range e.Peers {
 			n, err := p.peer(e, &e.Peers[i])

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -46,9 +45,9 @@ type kernel struct {
 	diverter *bpf.Diverter     // nil: nothing is diverted
 	diverted []bpf.DivertEntry // what is
 
-	answering map[int]*answering // by interface: prefixes whose neighbours are answered
-	guarded   guardFacts         // what the guards in force were made of
-	inherited []uint32           // path numbers of a killed daemon with sockets left, maybe
+	answering map[int]*answering         // by interface: prefixes whose neighbours are answered
+	guarded   map[*escaper.Direct]string // whose guards are in force, and what they were made of; nil: those of leaving paths
+	inherited []uint32                   // path numbers of a killed daemon with sockets left, maybe
 }
 
 // instance names what the daemon leaves in cgroups and bpffs, so that its next
@@ -82,20 +81,19 @@ func (p *plan) want(leaving []*escaper.Path) (netcfg.Want, error) {
 	w := netcfg.Want{Layout: NetLayout(p.config)}
 	addrs, bare := map[string][]netip.Addr{}, map[string]bool{}
 	nets := map[string][]netip.Prefix{}
-	for _, path := range slices.Concat(p.table.Paths(), leaving) {
-		for _, n := range []netip.Prefix{path.Net4, path.Net6} {
-			if n.IsValid() && !slices.Contains(nets[path.Uplink], n) {
-				nets[path.Uplink] = append(nets[path.Uplink], n)
+	for _, h := range append(p.holds(), p.hold(leaving)) {
+		for uplink, list := range h.nets {
+			for _, n := range list {
+				if !slices.Contains(nets[uplink], n) {
+					nets[uplink] = append(nets[uplink], n)
+				}
 			}
 		}
-		if path.Uplink == "" {
-			continue
+		for uplink, list := range h.addrs {
+			addrs[uplink] = append(addrs[uplink], list...)
 		}
-		bare[path.Uplink] = bare[path.Uplink] || path.Unbound != 0
-		for _, a := range []netip.Addr{path.V4, path.V6} {
-			if a.IsValid() {
-				addrs[path.Uplink] = append(addrs[path.Uplink], a)
-			}
+		for uplink := range h.bare {
+			bare[uplink] = true
 		}
 	}
 	for _, uc := range p.config.Uplinks {
@@ -401,13 +399,18 @@ func (r *Router) watch(ctx context.Context) (stop func() error, err error) {
 func (r *Router) onChange(s *netcfg.Snapshot) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s.Since().Before(r.settled) {
+	if r.settled.after(s) {
 		// It may lack what was added since: paths would be down for a moment.
 		r.watcher.Refresh()
 		return
 	}
+	r.have = s
 	r.followDiverts(s)
-	if _, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log); err != nil {
+	n, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log)
+	if n > 0 {
+		err = errors.Join(err, r.readAgain())
+	}
+	if err != nil {
 		r.log.Error("network state cannot be put back", "err", err)
 	}
 	r.setSources(r.plan, s)
@@ -422,29 +425,40 @@ func (r *Router) onChange(s *netcfg.Snapshot) {
 	}
 }
 
-// setGuards puts the guard of every path in force, when anything has changed
-// that they are made of.
+// setGuards puts the guard of every path in force for which anything has changed
+// that it is made of.
 func (r *Router) setGuards(p *plan, s *netcfg.Snapshot) error {
 	if r.kernel.progs == nil {
 		return nil
 	}
 	index := indexes(s)
-	facts := guardFacts{plan: p, text: p.guardFacts(index)}
-	if facts == r.kernel.guarded {
-		return nil
-	}
 	var all []bpf.Entry
-	for _, path := range slices.Concat(p.table.Paths(), r.leaving) {
-		g := p.guard(path, index)
-		if !g.V4.IsValid() && !g.V6.IsValid() {
-			continue // its interface has no address: a number without a guard sends nothing
+	add := func(paths []*escaper.Path) {
+		for _, path := range paths {
+			g := p.guard(path, index)
+			if !g.V4.IsValid() && !g.V6.IsValid() {
+				continue // its interface has no address: a number without a guard sends nothing
+			}
+			all = append(all, bpf.Entry{Num: path.Number, Guard: g})
 		}
-		all = append(all, bpf.Entry{Num: path.Number, Guard: g})
+	}
+	now := map[*escaper.Direct]string{}
+	for d, h := range p.holdings {
+		now[d] = h.guardFacts(index)
+		if was, set := r.kernel.guarded[d]; !set || was != now[d] {
+			add(d.Paths())
+		}
+	}
+	if len(r.leaving) > 0 {
+		now[nil] = p.hold(r.leaving).guardFacts(index)
+		if now[nil] != r.kernel.guarded[nil] {
+			add(r.leaving)
+		}
 	}
 	if err := r.kernel.progs.SetPaths(all); err != nil {
 		return err
 	}
-	r.kernel.guarded = facts
+	r.kernel.guarded = now
 	return nil
 }
 
@@ -467,25 +481,6 @@ func (p *plan) guard(path *escaper.Path, index map[string]uint32) bpf.Guard {
 		}
 	}
 	return g
-}
-
-// guardFacts is what the guards of a plan depend on and the plan does not fix.
-type guardFacts struct {
-	plan *plan
-	text string
-}
-
-// guardFacts puts into words the numbers of the interfaces that paths leave
-// by, and the addresses of the paths that have none of their own.
-func (p *plan) guardFacts(index map[string]uint32) string {
-	var b strings.Builder
-	for _, d := range p.devices {
-		fmt.Fprintln(&b, d, index[d])
-	}
-	for _, path := range p.unbound {
-		fmt.Fprintln(&b, path.Number, path.Source(selection.V4), path.Source(selection.V6))
-	}
-	return b.String()
 }
 
 // device is the interface that a path has to leave by, "" when main routing

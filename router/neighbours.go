@@ -26,10 +26,11 @@ type answering struct {
 func (r *Router) settlePrefixes(p *plan, leaving []*escaper.Path, want netcfg.Want, s *netcfg.Snapshot) {
 	answer := map[int][]netip.Prefix{}
 	except := map[int][]netip.Addr{}
-	for _, path := range slices.Concat(p.table.Paths(), leaving) {
-		if !path.Net4.IsValid() && !path.Net6.IsValid() {
-			continue
-		}
+	var whole []*escaper.Path
+	for _, h := range append(p.holds(), p.hold(leaving)) {
+		whole = append(whole, h.whole...)
+	}
+	for _, path := range whole {
 		var unused []netip.Addr // of both families
 		for _, f := range []selection.Family{selection.V4, selection.V6} {
 			n := path.Net(f)

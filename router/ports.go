@@ -214,7 +214,7 @@ func (r *Router) watchPorts(ctx context.Context) {
 
 func (r *Router) lookAtPorts(ctx context.Context, reuse bool, now time.Time) error {
 	r.mu.Lock()
-	layout, ports := r.plan.layout, r.plan.ports
+	layout, ports := r.plan.layout, r.plan.sockets.Ports()
 	paths := r.plan.table.Paths()
 	r.mu.Unlock()
 	if !r.ports.busy(paths, ports, now) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 
@@ -212,16 +213,13 @@ func (r *Router) publish(name string, text []byte) (nodes int, err error) {
 		return 0, err
 	}
 	p := *old
-	p.taken, p.republished = nil, true
-	p.published = publications{}
-	for k, v := range old.published {
-		p.published[k] = v
-	}
+	p.taken = nil
+	p.published = maps.Clone(old.published)
 	p.published[name] = now
-	if err := r.buildEscapers(&p, old); err != nil {
+	if err := r.buildTable(&p, old, func(c *config.Escaper) bool { return c.Name == name }); err != nil {
 		return 0, errors.Join(err, r.giveBack(&p))
 	}
-	install, err := r.prepare(&p, old)
+	install, err := r.prepareNodes(&p, old)
 	if err == nil && e.Cache != "" {
 		err = writeCache(e.Cache, text)
 	}

@@ -3,6 +3,7 @@ package router
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -119,18 +120,83 @@ func (r *Router) prepare(p, old *plan) (install func(), err error) {
 	if _, err := netcfg.Make(r.kernel.net, have, want, netcfg.Plan.Adds); err != nil {
 		return nil, fmt.Errorf("make the network as wished: %w", err)
 	}
-	settled := time.Now()
+	now := time.Now()
 	if have, err = r.kernel.net.Read(); err != nil {
 		return nil, err
 	}
+	return r.settle(p, want, leaving, have, settled{now, now}, p.table.Directs())
+}
+
+// prepareNodes is prepare for a plan that is the old one with other published
+// nodes. It goes by the state of the network that was read last; what this may
+// lack is read again. What else has changed, the watch over the kernel finds.
+func (r *Router) prepareNodes(p, old *plan) (install func(), err error) {
+	leaving := append(slices.Clone(r.leaving), gone(old, p)...)
+	want, err := p.want(leaving)
+	if err != nil {
+		return nil, err
+	}
+	fresh := slices.DeleteFunc(slices.Clone(p.table.Directs()), func(d *escaper.Direct) bool { return old.holdings[d] != nil })
+	made, err := netcfg.Make(r.kernel.net, r.have, want, netcfg.Plan.Adds)
+	if err != nil {
+		return nil, fmt.Errorf("make the network as wished: %w", err)
+	}
+	have, at := r.have, r.settled
+	switch addrs, rest := made.Touches(); {
+	case rest:
+		at = settled{time.Now(), time.Now()}
+		have, err = r.kernel.net.Read()
+	case addrs:
+		at.addrs = time.Now()
+		have, err = r.kernel.net.ReadAddrs(have)
+	case lacks(have, fresh):
+		have, err = r.kernel.net.ReadAddrs(have)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r.settle(p, want, leaving, have, at, fresh)
+}
+
+// lacks says whether a snapshot is without an address of the paths of some
+// escapers.
+func lacks(s *netcfg.Snapshot, of []*escaper.Direct) bool {
+	for _, d := range of {
+		for _, path := range d.Paths() {
+			for _, a := range []netip.Addr{path.V4, path.V6} {
+				if !a.IsValid() {
+					continue
+				}
+				if state, _ := s.Has(a, ""); state != netcfg.Present {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// settled is when what a reload or a publication had added was there: a
+// snapshot from before may lack it.
+type settled struct{ all, addrs time.Time }
+
+// after says whether some of a snapshot is from before.
+func (t settled) after(s *netcfg.Snapshot) bool {
+	return s.Since().Before(t.all) || s.SinceAddrs().Before(t.addrs)
+}
+
+// settle has what the paths of a plan need beside the network in place, and
+// returns what puts the plan into force. anew are its escapers whose paths are
+// to be judged.
+func (r *Router) settle(p *plan, want netcfg.Want, leaving []*escaper.Path, have *netcfg.Snapshot, at settled, anew []*escaper.Direct) (install func(), err error) {
 	r.setSources(p, have)
 	r.settlePrefixes(p, leaving, want, have)
 	if err := r.setGuards(p, have); err != nil {
 		return nil, err
 	}
 	return func() {
-		r.plan, r.want, r.leaving, r.settled = p, want, leaving, settled
-		r.judgeAll(p, have)
+		r.plan, r.want, r.leaving, r.have, r.settled = p, want, leaving, have, at
+		r.judgePaths(p, have, anew)
 		r.reconfigurePins(p)
 		r.health.Use(p.table)
 		r.current.Store(p)
@@ -165,10 +231,25 @@ func fixed(old, c *config.Config) error {
 // gone lists the paths of a plan that are not in the next one.
 func gone(old, next *plan) []*escaper.Path {
 	kept := map[uint32]bool{}
-	for _, p := range next.table.Paths() {
-		kept[p.Number] = true
+	for _, d := range next.table.Directs() {
+		if old.holdings[d] == nil {
+			for _, p := range d.Paths() {
+				kept[p.Number] = true
+			}
+		}
 	}
-	return slices.DeleteFunc(slices.Clone(old.table.Paths()), func(p *escaper.Path) bool { return kept[p.Number] })
+	var all []*escaper.Path
+	for _, d := range old.table.Directs() {
+		if next.holdings[d] != nil {
+			continue
+		}
+		for _, p := range d.Paths() {
+			if !kept[p.Number] {
+				all = append(all, p)
+			}
+		}
+	}
+	return all
 }
 
 // sweep lets go of the paths that a reload, or a daemon that was killed, left
@@ -207,11 +288,24 @@ func (r *Router) sweep() {
 		var have *netcfg.Snapshot
 		if have, err = r.kernel.net.Read(); err == nil {
 			_, err = netcfg.Make(r.kernel.net, have, want, nil)
+			err = errors.Join(err, r.readAgain())
 		}
 	}
 	if err != nil {
 		r.log.Error("the network cannot be made as wished", "err", err)
 	}
+}
+
+// readAgain takes note of the network after something was taken away: a
+// publication that brings it back must not find it there.
+func (r *Router) readAgain() error {
+	now := time.Now()
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return err
+	}
+	r.have, r.settled = have, settled{now, now}
+	return nil
 }
 
 // inKernel says whether the kernel still knows a TCP socket of a number, be it

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"wayout/bpf"
 	"wayout/netcfg"
@@ -68,8 +67,9 @@ type Router struct {
 	kernel     *kernel
 	leaving    []*escaper.Path // taken away by a reload, with connections left
 	pins       pins
-	watcher    *netcfg.Watcher // nil until it follows the kernel
-	settled    time.Time       // when a reload or a publication last had the network as it wants it
+	watcher    *netcfg.Watcher  // nil until it follows the kernel
+	have       *netcfg.Snapshot // as it was read last; nil until it follows the kernel
+	settled    settled          // when a reload or a publication last had the network as it wants it
 
 	serving  sync.WaitGroup // front ends that accept
 	draining sync.WaitGroup // front ends that a reload has replaced

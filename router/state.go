@@ -3,6 +3,7 @@ package router
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"wayout/bpf"
 	"wayout/netcfg"
@@ -67,40 +68,57 @@ func (r *Router) judge(p *plan, s *netcfg.Snapshot, path *escaper.Path, f select
 	return escaper.Up, ""
 }
 
-// interfaceAddr chooses an address of an interface to send from: the one in
-// use while it is good, else the first of those that reach beyond the link.
-func interfaceAddr(s *netcfg.Snapshot, l netcfg.Link, f selection.Family, now netip.Addr) netip.Addr {
-	var best netip.Addr
+// interfaceAddrs are the addresses of an interface to send from, those that reach
+// beyond the link, in order.
+func interfaceAddrs(s *netcfg.Snapshot, l netcfg.Link, f selection.Family) []netip.Addr {
+	var all []netip.Addr
 	for a, places := range s.Addrs {
 		if selection.FamilyOf(a) != f || !a.IsGlobalUnicast() {
 			continue
 		}
-		for _, p := range places {
-			good := p.LinkIndex == l.Index && !p.LinkScope && !p.Tentative && !p.DadFailed && !p.Deprecated
-			switch {
-			case !good:
-			case a == now:
-				return now
-			case !best.IsValid() || a.Less(best):
-				best = a
-			}
+		if slices.ContainsFunc(places, func(p netcfg.Address) bool {
+			return p.LinkIndex == l.Index && !p.LinkScope && !p.Tentative && !p.DadFailed && !p.Deprecated
+		}) {
+			all = append(all, a)
 		}
 	}
-	return best
+	slices.SortFunc(all, netip.Addr.Compare)
+	return all
 }
 
-// setSources gives the paths that have only an interface an address of it.
+// setSources gives the paths that have only an interface an address of it: the
+// one in use while it is good, else the first.
 func (r *Router) setSources(p *plan, s *netcfg.Snapshot) {
-	for _, path := range p.unbound {
-		for _, f := range []selection.Family{selection.V4, selection.V6} {
-			if path.Unbound&f == 0 {
-				continue
-			}
-			was := path.Source(f)
-			l, _ := s.Link(path.Interface) // without it there is no address
-			if now := interfaceAddr(s, l, f, was); now != was {
-				path.SetSource(f, now)
-				r.killGone(s, path, f, was)
+	type key struct {
+		device string
+		f      selection.Family
+	}
+	good := map[key][]netip.Addr{}
+	for _, h := range p.holds() {
+		for _, path := range h.unbound {
+			for _, f := range []selection.Family{selection.V4, selection.V6} {
+				if path.Unbound&f == 0 {
+					continue
+				}
+				k := key{path.Interface, f}
+				list, known := good[k]
+				if !known {
+					l, _ := s.Link(path.Interface) // without it there is no address
+					list = interfaceAddrs(s, l, f)
+					good[k] = list
+				}
+				was := path.Source(f)
+				if _, still := slices.BinarySearchFunc(list, was, netip.Addr.Compare); still {
+					continue
+				}
+				now := netip.Addr{}
+				if len(list) > 0 {
+					now = list[0]
+				}
+				if now != was {
+					path.SetSource(f, now)
+					r.killGone(s, path, f, was)
+				}
 			}
 		}
 	}
@@ -110,33 +128,28 @@ func (r *Router) setSources(p *plan, s *netcfg.Snapshot) {
 // connections of addresses that have gone, and reports whether any state
 // changed.
 func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
-	own := s.OwnAddrs()
-	prefixes := make([]netip.Prefix, 0, len(own))
-	for _, a := range own {
-		prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()))
+	return r.judgePaths(p, s, p.table.Directs())
+}
+
+// judgePaths is judgeAll for the paths of some escapers, and those that are
+// leaving.
+func (r *Router) judgePaths(p *plan, s *netcfg.Snapshot, of []*escaper.Direct) bool {
+	if p.judged != s {
+		r.tellHost(p, s)
 	}
-	p.host.Set(append(prefixes, s.LocalPrefixes()...), r.listening())
 	// A family that has never had a default route is on-link only and lacks
 	// nothing; one that has had it and lost it reaches nothing.
 	for _, f := range []netcfg.Family{netcfg.IPv4, netcfg.IPv6} {
 		r.hadDefault[f] = r.hadDefault[f] || s.DefaultRoute(f)
 	}
 	var changed []*escaper.Path
-	for _, path := range p.table.Paths() {
-		before := path.Status()
-		for _, f := range []selection.Family{selection.V4, selection.V6} {
-			if path.Given()&f == 0 {
-				continue
+	in := map[*escaper.Direct]bool{}
+	for _, d := range of {
+		for _, path := range d.Paths() {
+			if r.judgePath(p, s, path) {
+				changed = append(changed, path)
+				in[d] = true
 			}
-			cond, reason := r.judge(p, s, path, f)
-			path.SetFamilyState(f, cond, reason)
-			if cond != escaper.Up {
-				r.killGone(s, path, f, path.Source(f))
-				r.killWhole(s, path, f)
-			}
-		}
-		if after := path.Status(); after.State != before.State || after.Reason != before.Reason {
-			changed = append(changed, path)
 		}
 	}
 	for _, path := range r.leaving {
@@ -148,9 +161,44 @@ func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
 	if len(changed) == 0 {
 		return false
 	}
-	p.table.Publish()
+	p.table.PublishOnly(func(d *escaper.Direct) bool { return in[d] })
 	r.logChanges(changed)
 	return true
+}
+
+// tellHost lets the egress filters know what is the host's own.
+func (r *Router) tellHost(p *plan, s *netcfg.Snapshot) {
+	prefixes := make([]netip.Prefix, 0, len(s.Addrs))
+	for a := range s.Addrs {
+		prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()))
+	}
+	p.host.Set(append(prefixes, s.LocalPrefixes()...), r.listening())
+	p.judged = s
+}
+
+// judgePath brings the states of one path in line with a snapshot, and reports
+// whether they changed.
+func (r *Router) judgePath(p *plan, s *netcfg.Snapshot, path *escaper.Path) (changed bool) {
+	var before escaper.Status
+	for _, f := range []selection.Family{selection.V4, selection.V6} {
+		if path.Given()&f == 0 {
+			continue
+		}
+		cond, reason := r.judge(p, s, path, f)
+		if !changed {
+			before = path.Status()
+		}
+		changed = path.SetFamilyState(f, cond, reason) || changed
+		if cond != escaper.Up {
+			r.killGone(s, path, f, path.Source(f))
+			r.killWhole(s, path, f)
+		}
+	}
+	if !changed {
+		return false
+	}
+	after := path.Status()
+	return after.State != before.State || after.Reason != before.Reason
 }
 
 // killGone ends the connections of an address that is not on the host any
