@@ -31,10 +31,11 @@ type plan struct {
 	uplinks   map[string]uplink
 	host      *escaper.Host
 	table     *escaper.Table
-	door      *escaper.Door // of table, closed until the plan is in force
-	client    uint32        // mark of listeners and what they accept
-	control   uint32        // mark of the daemon's own traffic
-	answers   netcfg.Mark   // of sockets that answer diverted clients
+	door      *escaper.Door           // of table, closed until the plan is in force
+	client    uint32                  // mark of listeners and what they accept
+	control   uint32                  // mark of the daemon's own traffic
+	answers   netcfg.Mark             // of sockets that answer diverted clients
+	fixed     map[string]*config.Node // by path, while the plan is built
 	holdings  map[*escaper.Direct]*holding
 	judged    *netcfg.Snapshot // what host was told
 	sockets   *escaper.Sockets
@@ -93,7 +94,7 @@ func (r *Router) build(c *config.Config, layout bpf.Layout, prior *plan) (_ *pla
 	if err := r.buildEscapers(p, prior); err != nil {
 		return nil, err
 	}
-	p.config = withoutNodes(c)
+	p.config, p.fixed = withoutNodes(c), nil
 	return p, nil
 }
 

@@ -68,7 +68,7 @@ func (r *Router) buildDirect(p, prior *plan, e *config.Escaper) (*escaper.Direct
 		Name: e.Name, Policy: e.PickPolicy, StrictIndex: e.StrictIndex, EnableSelection: e.EnablePathSelection,
 		Resolver: names, Sockets: p.sockets, Idle: p.idle, Sessions: r.sessions,
 		ConnectTimeout: e.ConnectTimeout, AttemptDelay: e.HappyEyeballs.ConnectionAttemptDelay,
-		Peers: len(e.Peers) > 0, PassSelection: e.PassSelection,
+		Peers: e.Proxy(), PassSelection: e.PassSelection,
 	}
 	if resolver.Bind == "path" {
 		o.Bound = func(dial escaper.DialFunc) escaper.Resolver { return names.Bound(dial) }
@@ -114,15 +114,8 @@ func (p *plan) nodes(e *config.Escaper) ([]escaper.NodeOptions, error) {
 	switch {
 	case e.Type == "direct_float":
 		return p.floating(e), nil
-	case len(e.Peers) > 0:
-		for i := range e.Peers {
-			n, err := p.peer(e, &e.Peers[i])
-			if err != nil {
-				return nil, fmt.Errorf("node %s: %w", e.Peers[i].ID, err)
-			}
-			nodes = append(nodes, n)
-		}
-		return nodes, nil
+	case e.Proxy():
+		return p.peers(e)
 	}
 	for i := range e.Nodes {
 		nodes = append(nodes, p.node(&e.Nodes[i]))
@@ -140,26 +133,6 @@ func (p *plan) node(n *config.Node) escaper.NodeOptions {
 		o.Unbound = selection.V4 | selection.V6
 	}
 	return o
-}
-
-// peer is a node that is a next-hop proxy: its own sockets leave as those of
-// the path that it names, or as the host's main routing has it.
-func (p *plan) peer(e *config.Escaper, n *config.Peer) (escaper.NodeOptions, error) {
-	o := escaper.NodeOptions{AnySource: true, Unbound: selection.V4 | selection.V6}
-	if n.Path != "" {
-		local := findNode(p.config, n.Path)
-		if local == nil {
-			return o, fmt.Errorf("there is no path %s", n.Path)
-		}
-		o = p.node(local)
-	}
-	o.ID, o.Weight, o.EIP = n.ID, n.Weight, n.EIP
-	var err error
-	o.Peer, err = escaper.NewPeer(escaper.PeerOptions{
-		Kind: e.Type, Addr: n.Addr, Username: n.Username, Password: n.Password,
-		SelectionHeader: e.PeerSelectionHeader, TLSName: e.TLSName, TLSCA: e.TLSCA, Timeout: e.HandshakeTimeout,
-	})
-	return o, err
 }
 
 // number gives nodes the numbers that the kernel knows their sockets by: the
@@ -266,20 +239,4 @@ func findResolver(c *config.Config, name string) *config.Resolver {
 		}
 	}
 	return &config.Resolver{Name: name, Type: "system"}
-}
-
-// findNode returns the node of a path's name ("out/fra-2"), nil when there is
-// none.
-func findNode(c *config.Config, path string) *config.Node {
-	name, id, _ := strings.Cut(path, "/")
-	e := findEscaper(c, name)
-	if e == nil {
-		return nil
-	}
-	for i := range e.Nodes {
-		if e.Nodes[i].ID == id {
-			return &e.Nodes[i]
-		}
-	}
-	return nil
 }

@@ -20,8 +20,20 @@ type publications map[string]publication
 
 // publication is what was published last for one escaper.
 type publication struct {
-	text  []byte // as it was given, and as the cache file keeps it
-	nodes []config.Inline
+	kind  string                 // the escaper's type
+	text  []byte                 // as it was given, and as the cache file keeps it
+	nodes []config.Inline        // of a direct_float
+	peers []config.PublishedPeer // of a proxy_float
+}
+
+func parsePublication(e *config.Escaper, text []byte) (p publication, err error) {
+	p.kind, p.text = e.Type, text
+	if e.Proxy() {
+		p.peers, err = config.ParsePeers(text)
+	} else {
+		p.nodes, err = config.ParsePublication(text)
+	}
+	return p, err
 }
 
 // takePublished gives a new plan the nodes that are published: those of the
@@ -31,11 +43,11 @@ func (r *Router) takePublished(p, prior *plan) {
 	p.published = publications{}
 	for i := range p.config.Escapers {
 		e := &p.config.Escapers[i]
-		if e.Type != "direct_float" {
+		if !e.Float() {
 			continue
 		}
 		if prior != nil {
-			if was, ok := prior.published[e.Name]; ok {
+			if was, ok := prior.published[e.Name]; ok && was.kind == e.Type {
 				p.published[e.Name] = was
 				continue
 			}
@@ -43,9 +55,9 @@ func (r *Router) takePublished(p, prior *plan) {
 		if e.Cache == "" {
 			continue
 		}
-		was, err := readCache(e.Cache)
+		was, err := readCache(e)
 		if err == nil {
-			err = p.fits(e, was.nodes)
+			err = p.fits(e, &was)
 		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -57,17 +69,17 @@ func (r *Router) takePublished(p, prior *plan) {
 	}
 }
 
-func readCache(file string) (publication, error) {
-	text, err := os.ReadFile(file)
+func readCache(e *config.Escaper) (publication, error) {
+	text, err := os.ReadFile(e.Cache)
 	if err != nil {
 		return publication{}, err
 	}
-	nodes, err := config.ParsePublication(text)
-	return publication{text, nodes}, err
+	return parsePublication(e, text)
 }
 
 // writeCache puts a publication in the place of the one before, whole or not at
-// all, also when the machine stops meanwhile.
+// all, also when the machine stops meanwhile. It is for root alone: there may be
+// passwords in it.
 func writeCache(file string, text []byte) (err error) {
 	dir := filepath.Dir(file)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -97,14 +109,24 @@ func writeCache(file string, text []byte) (err error) {
 }
 
 // fits says what keeps nodes from being those of an escaper: an uplink that is
-// not configured, an eip that its probes cannot compare with, or an ID that the operator's maps give to another address.
-func (p *plan) fits(e *config.Escaper, nodes []config.Inline) error {
+// not configured, an eip that its probes cannot compare with, an ID that the operator's maps give to another address, or a
+// path to a proxy that there is not.
+func (p *plan) fits(e *config.Escaper, now *publication) error {
+	if e.Proxy() {
+		var errs []error
+		for i := range now.peers {
+			if _, err := p.local(now.peers[i].Path); err != nil {
+				errs = append(errs, fmt.Errorf("node %d: path: %w", i+1, err))
+			}
+		}
+		return errors.Join(errs...)
+	}
 	inline := map[string]config.Inline{}
 	for _, n := range p.inline(e.Name) {
 		inline[n.ID] = n
 	}
 	var errs []error
-	for i, n := range nodes {
+	for i, n := range now.nodes {
 		if _, known := p.uplinks[n.Uplink]; n.Uplink != "" && !known {
 			errs = append(errs, fmt.Errorf("node %d: uplink: no uplink has this name, got %q", i+1, n.Uplink))
 		}
@@ -181,7 +203,7 @@ func egressPath(u *config.User) selection.Layer {
 	return l
 }
 
-// Publish replaces the nodes of a direct_float by those of a JSON array. With
+// Publish replaces the nodes of a direct_float or proxy_float by those of a JSON array. With
 // an error nothing has changed.
 func (r *Router) Publish(name string, text []byte) (nodes int, err error) {
 	nodes, err = r.publish(name, text)
@@ -202,14 +224,14 @@ func (r *Router) publish(name string, text []byte) (nodes int, err error) {
 	}
 	old := r.plan
 	e := findEscaper(old.config, name)
-	if e == nil || e.Type != "direct_float" {
-		return 0, fmt.Errorf("%w: no direct_float has the name %q", control.ErrUnknownPath, name)
+	if e == nil || !e.Float() {
+		return 0, fmt.Errorf("%w: no direct_float or proxy_float has the name %q", control.ErrUnknownPath, name)
 	}
-	now := publication{text: text}
-	if now.nodes, err = config.ParsePublication(text); err != nil {
+	now, err := parsePublication(e, text)
+	if err != nil {
 		return 0, err
 	}
-	if err := old.fits(e, now.nodes); err != nil {
+	if err := old.fits(e, &now); err != nil {
 		return 0, err
 	}
 	p := *old
@@ -227,7 +249,7 @@ func (r *Router) publish(name string, text []byte) (nodes int, err error) {
 		return 0, errors.Join(err, r.giveBack(&p))
 	}
 	install()
-	return len(now.nodes), nil
+	return len(now.nodes) + len(now.peers), nil
 }
 
 func findEscaper(c *config.Config, name string) *config.Escaper {

@@ -22,12 +22,13 @@ func TestPublishedEIP(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := &plan{config: &config.Config{}, published: publications{"dyn": {nodes: nodes}}}
+	now := p.published["dyn"]
 	e := &config.Escaper{Name: "dyn", Type: "direct_float"}
-	if err := p.fits(e, nodes); err != nil {
+	if err := p.fits(e, &now); err != nil {
 		t.Errorf("without a probe: %v", err)
 	}
 	e.Probe = config.Probe{HTTP: "http://ip.example/", EIP: true}
-	if err := p.fits(e, nodes); err == nil || err.Error() != `node 3: eip: want an IP address, for the probe to compare with, got "Frankfurt"` {
+	if err := p.fits(e, &now); err == nil || err.Error() != `node 3: eip: want an IP address, for the probe to compare with, got "Frankfurt"` {
 		t.Errorf("with a probe: %v", err)
 	}
 	var got []string

@@ -48,7 +48,7 @@ func verbs() []verb {
 		{"top", "[--once]", "the same, live, in the terminal", top},
 		{"drain", "PATH", "no new connections on a path; the open ones live on", drain},
 		{"undrain", "PATH", "give a drained path back", undrain},
-		{"publish", "ESCAPER FILE|-", "replace the nodes of a direct_float by those of a JSON array", publish},
+		{"publish", "ESCAPER FILE|-", "replace the nodes of a direct_float or proxy_float by those of a JSON array", publish},
 		{"exec", "--path PATH [--dns] -- COMMAND...", "run a command whose every connection leaves by the path", runExec},
 		{"pin", "[CGROUP PATH [--kill]]", "hold the processes of a cgroup to a path, or list the pins", pin},
 		{"unpin", "CGROUP", "let them go", unpin},

@@ -79,7 +79,7 @@ func (d *decoder) build(e *Escaper, uplinks map[string]*Uplink) {
 	case e.Type == "direct_float":
 		b := &builder{d: d, e: e, at: d.places[e], uplinks: uplinks}
 		b.pins(&nodeSpec{}, b.at)
-	case strings.HasPrefix(e.Type, "proxy_"):
+	case e.Proxy() && !e.Float():
 		d.buildPeers(e)
 	case strings.HasPrefix(e.Type, "route_"):
 		d.buildRoute(e)

@@ -101,13 +101,13 @@ type Uplink struct {
 // (proxy_*).
 type Escaper struct {
 	Name string `key:"name" type:"name" required:"yes" meaning:"How servers, routes and selections call it; the first part of its paths' names."`
-	Type string `key:"type" type:"one of" of:"direct_fixed direct_float route_select route_mapping route_failover route_upstream route_client proxy_http proxy_https proxy_socks5" later:"proxy_float" required:"yes" meaning:"direct_fixed: nodes are addresses, prefixes and interfaces of this host. direct_float: nodes are published at run time. route_select: a next escaper by name, else by policy. route_mapping: by index. route_failover: the first that is up. route_upstream: by the target. route_client: by the client. proxy_http, proxy_https, proxy_socks5: nodes are proxies of that kind."`
+	Type string `key:"type" type:"one of" of:"direct_fixed direct_float route_select route_mapping route_failover route_upstream route_client proxy_http proxy_https proxy_socks5 proxy_float" required:"yes" meaning:"direct_fixed: nodes are addresses, prefixes and interfaces of this host. direct_float: nodes are published at run time. route_select: a next escaper by name, else by policy. route_mapping: by index. route_failover: the first that is up. route_upstream: by the target. route_client: by the client. proxy_http, proxy_https, proxy_socks5: nodes are proxies of that kind. proxy_float: nodes are proxies that are published at run time."`
 	// Resolver is never empty where the type has one: DefaultResolver when the file names none.
-	Resolver            string           `key:"resolver" type:"name" ref:"resolver" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" meaning:"Who resolves the names that are dialled. Absent: one of type system."`
-	ResolveStrategy     string           `key:"resolve_strategy" type:"one of" of:"any ipv4_only ipv6_only ipv4_first ipv6_first" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" default:"any" meaning:"Which of a name's addresses are dialled, and which first. any: both families, in the order of RFC 6724."`
+	Resolver            string           `key:"resolver" type:"name" ref:"resolver" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Who resolves the names that are dialled. Absent: one of type system."`
+	ResolveStrategy     string           `key:"resolve_strategy" type:"one of" of:"any ipv4_only ipv6_only ipv4_first ipv6_first" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" default:"any" meaning:"Which of a name's addresses are dialled, and which first. any: both families, in the order of RFC 6724."`
 	EnablePathSelection bool             `key:"enable_path_selection" type:"switch" default:"off" meaning:"Whether clients may choose a node. off: a request in which a client chooses one is refused."`
-	PickPolicy          selection.Policy `key:"pick_policy" type:"pick policy" of:"random serial round_robin rendezvous least_conn jump ketama" for:"direct_fixed direct_float route_select route_mapping proxy_http proxy_https proxy_socks5" default:"random" meaning:"How a node is chosen when nothing selects one."`
-	PickKey             string           `key:"pick_key" type:"one of" of:"client_ip user host" for:"direct_fixed direct_float route_select route_mapping proxy_http proxy_https proxy_socks5" default:"client_ip" meaning:"What the hashing policies hash."`
+	PickPolicy          selection.Policy `key:"pick_policy" type:"pick policy" of:"random serial round_robin rendezvous least_conn jump ketama" for:"direct_fixed direct_float route_select route_mapping proxy_http proxy_https proxy_socks5 proxy_float" default:"random" meaning:"How a node is chosen when nothing selects one."`
+	PickKey             string           `key:"pick_key" type:"one of" of:"client_ip user host" for:"direct_fixed direct_float route_select route_mapping proxy_http proxy_https proxy_socks5 proxy_float" default:"client_ip" meaning:"What the hashing policies hash."`
 	StrictIndex         bool             `key:"index" type:"index" of:"wrap strict" default:"wrap" meaning:"An index above the number of nodes wraps (and 0 is the last), or is refused."`
 	Filter              Filter           `key:"egress_network_filter" for:"direct_fixed direct_float" meaning:"Which addresses may be dialled; the longest prefix wins, deny on a tie."`
 
@@ -121,7 +121,7 @@ type Escaper struct {
 	Interface string       `key:"interface" type:"interface" for:"direct_fixed direct_float" meaning:"SO_BINDTODEVICE for nodes that name no interface; alone, it makes one node of a direct_fixed, without an address."`
 	Uplink    string       `key:"uplink" type:"name" ref:"uplink" for:"direct_fixed direct_float" meaning:"The uplink of nodes that name none. Absent: the host's main routing."`
 	Neighbour string       `key:"neighbour" type:"one of" of:"auto answer off" for:"direct_fixed" default:"auto" meaning:"Whether neighbour solicitations for all of a prefix are answered on the uplink's interface. auto: where the interface has an address inside the prefix. off: where the upstream routes the prefix to this host."`
-	Cache     string       `key:"cache" type:"file path" for:"direct_float" meaning:"The file that keeps the published nodes over a restart. Absent: none, and it starts without nodes."`
+	Cache     string       `key:"cache" type:"file path" for:"direct_float proxy_float" meaning:"The file that keeps the published nodes over a restart. Absent: none, and it starts without nodes."`
 
 	// Next is in the order of the indexes. It holds no escaper twice.
 	Next        []Next     `key:"next" alias:"next_nodes" type:"list of escapers" for:"route_select route_mapping route_failover" required:"yes" meaning:"The next escapers, in the order of their indexes; in a route_failover, the first one that is up is taken. Each one is a name, or a map of escaper and weight."`
@@ -132,18 +132,18 @@ type Escaper struct {
 	UserMatch   []HostRule `key:"user_match" type:"user rules" for:"route_client" meaning:"The client is one of these users. Asked before subnet_match."`
 	DefaultNext string     `key:"default_next" type:"name" ref:"escaper" for:"route_upstream route_client" required:"yes" meaning:"The next escaper when no rule fits."`
 
-	PassSelection       bool          `key:"pass_selection" type:"switch" default:"off" for:"proxy_http proxy_https proxy_socks5" meaning:"Hand the client's selection on to the proxy. off: it is stripped."`
-	PeerSelectionHeader string        `key:"path_selection_header" alias:"egress_path_selection_header" type:"header name" for:"proxy_http proxy_https" default:"X-Egress-Path" meaning:"The header that carries a selection which is handed on."`
-	TLSName             string        `key:"tls_name" type:"host" for:"proxy_https" meaning:"The name that the proxy's certificate has to be for. Absent: the host of addr."`
-	TLSCA               string        `key:"tls_ca" type:"file path" for:"proxy_https" meaning:"PEM file of the authorities that may have signed the proxy's certificate. Absent: those of the host."`
-	HandshakeTimeout    time.Duration `key:"peer_negotiation_timeout" alias:"handshake_timeout" type:"duration" for:"proxy_http proxy_https proxy_socks5" default:"10s" min:"10ms" max:"10m" meaning:"The longest from the connection to the proxy until it has connected to the target."`
+	PassSelection       bool          `key:"pass_selection" type:"switch" default:"off" for:"proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Hand the client's selection on to the proxy. off: it is stripped."`
+	PeerSelectionHeader string        `key:"path_selection_header" alias:"egress_path_selection_header" type:"header name" for:"proxy_http proxy_https proxy_float" default:"X-Egress-Path" meaning:"The header that carries a selection which is handed on."`
+	TLSName             string        `key:"tls_name" type:"host" for:"proxy_https proxy_float" meaning:"The name that the proxy's certificate has to be for. Absent: the host of addr."`
+	TLSCA               string        `key:"tls_ca" type:"file path" for:"proxy_https proxy_float" meaning:"PEM file of the authorities that may have signed the proxy's certificate. Absent: those of the host."`
+	HandshakeTimeout    time.Duration `key:"peer_negotiation_timeout" alias:"handshake_timeout" type:"duration" for:"proxy_http proxy_https proxy_socks5 proxy_float" default:"10s" min:"10ms" max:"10m" meaning:"The longest from the connection to the proxy until it has connected to the target."`
 
-	ConnectTimeout time.Duration `key:"connect_timeout" type:"duration" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" default:"10s" min:"10ms" max:"10m" meaning:"The longest that connecting to a target, or to the next-hop proxy, may take, all attempts together; over it: 504."`
-	HappyEyeballs  HappyEyeballs `key:"happy_eyeballs" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" meaning:"Racing a target's addresses (RFC 8305)."`
+	ConnectTimeout time.Duration `key:"connect_timeout" type:"duration" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" default:"10s" min:"10ms" max:"10m" meaning:"The longest that connecting to a target, or to the next-hop proxy, may take, all attempts together; over it: 504."`
+	HappyEyeballs  HappyEyeballs `key:"happy_eyeballs" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Racing a target's addresses (RFC 8305)."`
 
-	Health Health `key:"health" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" meaning:"Turn a path down by the connections that fail on it. Absent: off, and a path is down only by what the kernel and probe say."`
-	Probe  Probe  `key:"probe" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" meaning:"Try each path again and again, by the path itself; it is up once a probe has succeeded. Absent: off."`
-	Spill  bool   `key:"spill" type:"switch" default:"off" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5" meaning:"Where the policy has picked a path whose local ports towards the target are used up, pick another. Never for a path that was selected, nor for a strict session."`
+	Health Health `key:"health" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Turn a path down by the connections that fail on it. Absent: off, and a path is down only by what the kernel and probe say."`
+	Probe  Probe  `key:"probe" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Try each path again and again, by the path itself; it is up once a probe has succeeded. Absent: off."`
+	Spill  bool   `key:"spill" type:"switch" default:"off" for:"direct_fixed direct_float proxy_http proxy_https proxy_socks5 proxy_float" meaning:"Where the policy has picked a path whose local ports towards the target are used up, pick another. Never for a path that was selected, nor for a strict session."`
 }
 
 // Health is when the connections that fail on a path turn it down.

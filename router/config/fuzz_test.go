@@ -60,7 +60,7 @@ func FuzzParse(f *testing.F) {
 		for _, e := range c.Escapers {
 			var members int
 			switch {
-			case e.Type == "direct_float":
+			case e.Float():
 				members = 1 // that come later
 			case strings.HasPrefix(e.Type, "route_"):
 				members = len(e.NextNames())

@@ -63,20 +63,10 @@ func (d *decoder) publicAddrs(p *place, _ *field, v reflect.Value) {
 		if !ok {
 			continue
 		}
-		a, bad := parseAddr(s)
-		if bad == "" {
-			bad = badNodeAddr(a)
-		}
-		for _, other := range out {
-			if bad == "" && other.Is4() == a.Is4() {
-				bad = "there is an address of this family already"
-			}
-		}
-		if bad != "" {
+		bad := ""
+		if out, bad = addEIP(out, s); bad != "" {
 			d.fail(ip, "%s", bad)
-			continue
 		}
-		out = append(out, a)
 	}
 	v.Set(reflect.ValueOf(out))
 }
@@ -86,7 +76,7 @@ func (d *decoder) checkHealth(e *Escaper) {
 	if p := d.places[&e.Health]; p != nil {
 		e.Health.On = true
 		// Behind a next-hop proxy there is one destination, whatever the number.
-		if n := d.find(p, "destinations"); e.Health.Destinations > e.Health.Failures && !strings.HasPrefix(e.Type, "proxy_") {
+		if n := d.find(p, "destinations"); e.Health.Destinations > e.Health.Failures && !e.Proxy() {
 			if n == nil {
 				n = d.find(p, "failures")
 			}
@@ -113,7 +103,7 @@ func (d *decoder) checkHealth(e *Escaper) {
 	}
 	if at := d.find(p, "eip"); e.Probe.EIP && http == nil && tcp != nil {
 		d.fail(at, "needs http: a connection alone does not say what address it comes from")
-	} else if e.Probe.EIP && e.Type != "direct_float" && !e.saysEIP() {
+	} else if e.Probe.EIP && !e.Float() && !e.saysEIP() {
 		d.fail(at, "compares nothing: no node has an eip")
 	}
 }

@@ -56,14 +56,9 @@ func parseInline(attrs []attribute) (Inline, []fault) {
 				n.Uplink = a.text
 			}
 		case "expire":
-			var err error
-			if n.Expire, err = time.Parse(time.RFC3339, a.text); err != nil {
-				bad = "want RFC 3339, as 2026-01-31T12:00:00Z"
-			} else if n.Expire.IsZero() {
-				bad = "is out of range" // the zero Time stands for none
-			}
+			n.Expire, bad = parseExpire(a.text)
 		default:
-			bad = n.setLabel(a.key, a.text)
+			bad = setLabel(&n.Labels, inlineKeys, a.key, a.text)
 		}
 		if bad != "" {
 			faults = append(faults, fault{i, bad})
@@ -107,11 +102,23 @@ func (n *Inline) setAddr(key, text string) string {
 	return ""
 }
 
-// setLabel keeps a free label. Keys in another case would be taken for labels, and a node that has to expire would not.
-func (n *Inline) setLabel(key, text string) string {
+func parseExpire(text string) (at time.Time, bad string) {
+	at, err := time.Parse(time.RFC3339, text)
+	switch {
+	case err != nil:
+		return time.Time{}, "want RFC 3339, as 2026-01-31T12:00:00Z"
+	case at.IsZero(): // stands for none
+		return time.Time{}, "is out of range"
+	}
+	return at, ""
+}
+
+// setLabel keeps a free label. Those of keys in another case would be taken for labels, and a node that has to expire
+// would not.
+func setLabel(labels *map[string]string, keys, key, text string) string {
 	const most = 255
 	switch lower := strings.ToLower(key); {
-	case lower != key && strings.Contains(inlineKeys, " "+lower+" "):
+	case lower != key && strings.Contains(keys, " "+lower+" "):
 		return "write the key as " + lower
 	case badName(key) != "":
 		return "the name of a label: " + badName(key)
@@ -120,10 +127,10 @@ func (n *Inline) setLabel(key, text string) string {
 	case !utf8.ValidString(text) || strings.ContainsRune(text, utf8.RuneError) || !validUTF8Print(text):
 		return "a label holds printable text"
 	}
-	if n.Labels == nil {
-		n.Labels = make(map[string]string)
+	if *labels == nil {
+		*labels = make(map[string]string)
 	}
-	n.Labels[key] = text
+	(*labels)[key] = text
 	return ""
 }
 
@@ -133,21 +140,9 @@ func (n *Inline) setLabel(key, text string) string {
 // another node's address, and anything after the array are mistakes. Whether uplinks exist is not looked at, nor whether
 // a node has expired.
 func ParsePublication(b []byte) ([]Inline, error) {
-	if !utf8.Valid(b) {
-		return nil, errors.New("not JSON: the text is not UTF-8")
-	}
-	items, err := elements(b)
+	nodes, errs, err := published(b, publishedNode)
 	if err != nil {
 		return nil, err
-	}
-	nodes := make([]Inline, len(items))
-	var errs []error
-	for i, item := range items {
-		n, list := publishedNode(item)
-		for _, text := range list {
-			errs = append(errs, fmt.Errorf("node %d: %s", i+1, text))
-		}
-		nodes[i] = n
 	}
 	errs = append(errs, repeated(nodes)...)
 	if len(errs) > 0 {

@@ -98,10 +98,12 @@ func TestMistakes(t *testing.T) {
 			`3: server[0].listen: is required, got ""`,
 			`5: server[0].listn: unknown key (perhaps listen is meant), got "listn"`,
 		}},
-		{"later escaper, which others may name", "escaper: [{name: dyn, type: proxy_float, cache: /x}]\nserver: [{name: web, type: http_proxy, escaper: dyn, listen: 127.0.0.1:1}]", []string{
-			`1: escaper[0].type: not supported by this version, got "proxy_float"`,
+		{"nodes that are published", "escaper: [{name: dyn, type: proxy_float, cache: x, nodes: [{addr: 'a:1'}], uplink: u}]\nserver: [{name: web, type: http_proxy, escaper: dyn, listen: 127.0.0.1:1}]", []string{
+			`1: escaper[0].cache: want the whole path of a file, from /, got "x"`,
+			`1: escaper[0].nodes: is not a key of proxy_float, got "nodes"`,
+			`1: escaper[0].uplink: is not a key of proxy_float, got "uplink"`,
 		}},
-		{"unknown type", esc[:len(esc)-14] + "direct_fixd, bind_ip: 192.0.2.1}]", []string{`1: escaper[0].type: want direct_fixed, direct_float, route_select, route_mapping, route_failover, route_upstream, route_client, proxy_http, proxy_https or proxy_socks5, got "direct_fixd"`}},
+		{"unknown type", esc[:len(esc)-14] + "direct_fixd, bind_ip: 192.0.2.1}]", []string{`1: escaper[0].type: want direct_fixed, direct_float, route_select, route_mapping, route_failover, route_upstream, route_client, proxy_http, proxy_https, proxy_socks5 or proxy_float, got "direct_fixd"`}},
 		{"unknown policy", esc + "bind_ip: 192.0.2.1, pick_policy: best}]", []string{
 			`1: escaper[0].pick_policy: want random, serial, round_robin, rendezvous, least_conn, jump or ketama, got "best"`,
 		}},

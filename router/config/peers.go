@@ -56,31 +56,49 @@ func (d *decoder) credential(p *place, _ *field, v reflect.Value) {
 		bad = "want a single value"
 	case p.node.ShortTag() == "!!null":
 		bad = "has no value"
-	case s == "":
-		bad = "is empty"
-	case len(s) > 255:
-		bad = "is over 255 bytes"
-	case !utf8.ValidString(s) || strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) >= 0:
-		bad = "holds a control character"
 	default:
-		v.SetString(s)
-		return
+		if bad = badCredential(s); bad == "" {
+			v.SetString(s)
+			return
+		}
 	}
 	d.failGot(p, p.node.Line, hidden, "%s", bad)
+}
+
+func badCredential(s string) string {
+	switch {
+	case s == "":
+		return "is empty"
+	case len(s) > 255:
+		return "is over 255 bytes"
+	case !utf8.ValidString(s) || strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) >= 0:
+		return "holds a control character"
+	}
+	return ""
 }
 
 // filePath decodes the absolute path of a file.
 func (d *decoder) filePath(p *place, _ *field, v reflect.Value) {
 	s, ok := d.text(p)
-	switch {
-	case !ok:
-	case len(s) > 4095 || strings.Contains(s, "\x00"):
-		d.fail(p, "want the path of a file: at most 4095 bytes")
-	case !filepath.IsAbs(s) || strings.HasSuffix(s, "/"):
-		d.fail(p, "want the whole path of a file, from /")
-	default:
-		v.SetString(filepath.Clean(s))
+	if !ok {
+		return
 	}
+	file, bad := parseFilePath(s)
+	if bad != "" {
+		d.fail(p, "%s", bad)
+		return
+	}
+	v.SetString(file)
+}
+
+func parseFilePath(s string) (file, bad string) {
+	switch {
+	case len(s) > 4095 || strings.Contains(s, "\x00"):
+		return "", "want the path of a file: at most 4095 bytes"
+	case !filepath.IsAbs(s) || strings.HasSuffix(s, "/"):
+		return "", "want the whole path of a file, from /"
+	}
+	return filepath.Clean(s), ""
 }
 
 // path decodes ESCAPER/ID, which checkPeers looks up.
@@ -89,12 +107,18 @@ func (d *decoder) path(p *place, _ *field, v reflect.Value) {
 	if !ok {
 		return
 	}
-	escaper, id, _ := strings.Cut(s, "/")
-	if badName(escaper) != "" || id == "" {
-		d.fail(p, "want ESCAPER/ID")
+	if bad := badPath(s); bad != "" {
+		d.fail(p, "%s", bad)
 		return
 	}
 	v.SetString(s)
+}
+
+func badPath(s string) string {
+	if escaper, id, _ := strings.Cut(s, "/"); badName(escaper) != "" || id == "" {
+		return "want ESCAPER/ID"
+	}
+	return ""
 }
 
 // buildPeers names the peers of a proxy_* escaper and checks each by itself.

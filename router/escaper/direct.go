@@ -285,7 +285,7 @@ func (o *NodeOptions) Same(q *NodeOptions) bool {
 	return o.V4 == q.V4 && o.V6 == q.V6 && o.Net4 == q.Net4 && o.Net6 == q.Net6 &&
 		o.Unbound == q.Unbound && o.AnySource == q.AnySource &&
 		o.Interface == q.Interface && o.BindToDevice == q.BindToDevice && o.Uplink == q.Uplink &&
-		(o.Peer == nil) == (q.Peer == nil) && (o.Peer == nil || *o.Peer == *q.Peer)
+		(o.Peer == nil) == (q.Peer == nil) && (o.Peer == nil || o.Peer.o == q.Peer.o)
 }
 
 // unknown is the state of a path that nothing is known of.

@@ -137,7 +137,7 @@ func TestPassive(t *testing.T) {
 // A path to a peer has one address to go to, and one state for both families; a
 // peer that refuses is not there.
 func TestPassivePeer(t *testing.T) {
-	peer, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_socks5", Addr: "192.0.2.9:1080"})
+	peer, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_socks5", Addr: "192.0.2.9:1080"}, escaper.NewAuthorities())
 	if err != nil {
 		t.Fatal(err)
 	}

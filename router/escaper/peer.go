@@ -2,6 +2,7 @@ package escaper
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -29,20 +30,49 @@ type PeerOptions struct {
 	TLSCA              string        // of proxy_https: file of the authorities, PEM; "": those of the host
 	Timeout            time.Duration // of the conversation with the peer
 
-	authorities string // TLSCA's content
+	authorities [sha256.Size]byte // of TLSCA's content
 }
 
-// Peer is a next-hop proxy. Peers of the same options are equal, so that a
+// Peer is a next-hop proxy. Those of the same options are the same, so that a
 // reload that changes nothing keeps their paths.
 type Peer struct {
-	o    PeerOptions
-	host string
-	addr netip.Addr // the host, where it is an address
-	port uint16
+	o     PeerOptions
+	host  string
+	addr  netip.Addr // the host, where it is an address
+	port  uint16
+	roots *x509.CertPool // of TLSCA
 }
 
-// NewPeer checks a peer's options and reads the file that they name.
-func NewPeer(o PeerOptions) (*Peer, error) {
+// Authorities reads files of certificates, each once.
+type Authorities struct{ files map[string]authorities }
+
+type authorities struct {
+	sum  [sha256.Size]byte
+	pool *x509.CertPool
+}
+
+// NewAuthorities has read none yet.
+func NewAuthorities() *Authorities { return &Authorities{map[string]authorities{}} }
+
+func (a *Authorities) read(file string) (authorities, error) {
+	if was, ok := a.files[file]; ok {
+		return was, nil
+	}
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return authorities{}, err
+	}
+	read := authorities{sha256.Sum256(pem), x509.NewCertPool()}
+	if !read.pool.AppendCertsFromPEM(pem) {
+		return authorities{}, fmt.Errorf("no certificate in %s", file)
+	}
+	a.files[file] = read
+	return read, nil
+}
+
+// NewPeer checks a peer's options and reads the file that they name, unless it is
+// among those that were read.
+func NewPeer(o PeerOptions, read *Authorities) (*Peer, error) {
 	p := &Peer{}
 	host, port, err := net.SplitHostPort(o.Addr)
 	if err != nil {
@@ -57,11 +87,11 @@ func NewPeer(o PeerOptions) (*Peer, error) {
 		p.addr = a.WithZone("").Unmap()
 	}
 	if o.TLSCA != "" {
-		pem, err := os.ReadFile(o.TLSCA)
+		a, err := read.read(o.TLSCA)
 		if err != nil {
 			return nil, fmt.Errorf("peer %s: tls_ca: %w", o.Addr, err)
 		}
-		o.authorities = string(pem)
+		o.authorities, p.roots = a.sum, a.pool
 	}
 	p.o = o
 	h, err := p.hop()
@@ -90,15 +120,9 @@ func (p *Peer) hop() (*hop.Peer, error) {
 		h.Kind = hop.SOCKS5
 	case "proxy_https":
 		h.Kind = hop.HTTPS
-		h.TLS = &tls.Config{ServerName: p.o.TLSName, MinVersion: tls.VersionTLS12}
+		h.TLS = &tls.Config{ServerName: p.o.TLSName, MinVersion: tls.VersionTLS12, RootCAs: p.roots}
 		if h.TLS.ServerName == "" {
 			h.TLS.ServerName = p.host
-		}
-		if p.o.TLSCA != "" {
-			h.TLS.RootCAs = x509.NewCertPool()
-			if !h.TLS.RootCAs.AppendCertsFromPEM([]byte(p.o.authorities)) {
-				return nil, fmt.Errorf("tls_ca: no certificate in %s", p.o.TLSCA)
-			}
 		}
 	default:
 		return nil, fmt.Errorf("unknown kind %q", p.o.Kind)

@@ -68,7 +68,7 @@ func (p *tunnelPeer) seen() (from []netip.Addr, said []string) {
 
 func peerAt(t *testing.T, at string) *escaper.Peer {
 	t.Helper()
-	p, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_http", Addr: at, SelectionHeader: "X-Way", Timeout: 10 * time.Second})
+	p, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_http", Addr: at, SelectionHeader: "X-Way", Timeout: 10 * time.Second}, escaper.NewAuthorities())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -240,7 +240,7 @@ func TestPeerRefuses(t *testing.T) {
 		{Kind: "proxy_ftp", Addr: "127.0.0.1:1"},
 		{Kind: "proxy_https", Addr: "127.0.0.1:1", TLSCA: "/nonexistent"},
 	} {
-		if _, err := escaper.NewPeer(o); err == nil {
+		if _, err := escaper.NewPeer(o, escaper.NewAuthorities()); err == nil {
 			t.Errorf("%+v is a peer", o)
 		}
 	}

@@ -250,7 +250,7 @@ func TestProbeThroughPeer(t *testing.T) {
 		}()
 	}))
 	t.Cleanup(proxy.Close)
-	peer, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_http", Addr: proxy.Listener.Addr().String(), Timeout: 5 * time.Second})
+	peer, err := escaper.NewPeer(escaper.PeerOptions{Kind: "proxy_http", Addr: proxy.Listener.Addr().String(), Timeout: 5 * time.Second}, escaper.NewAuthorities())
 	if err != nil {
 		t.Fatal(err)
 	}
