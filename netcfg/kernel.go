@@ -134,8 +134,14 @@ const (
 func (k *Netlink) Read() (*Snapshot, error) { return k.reread(nil, partAll) }
 
 // ReadAddrs takes a snapshot whose addresses are new and whose rest is that of an
-// earlier one.
-func (k *Netlink) ReadAddrs(old *Snapshot) (*Snapshot, error) { return k.reread(old, partAddrs) }
+// earlier one. What an interrupted list skips is taken to be there still.
+func (k *Netlink) ReadAddrs(old *Snapshot) (*Snapshot, error) {
+	s, err := k.reread(old, partAddrs)
+	if err == nil && s.partial {
+		s = s.carryOver(old, nil)
+	}
+	return s, err
+}
 
 // reread takes the named parts from the kernel and the others from old.
 func (k *Netlink) reread(old *Snapshot, what part) (*Snapshot, error) {

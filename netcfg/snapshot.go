@@ -264,6 +264,33 @@ func (s *Snapshot) Equal(o *Snapshot) bool {
 		slices.Equal(s.list, o.list) && slices.Equal(s.Routes, o.Routes) && slices.Equal(s.Rules, o.Rules)
 }
 
+// Moved lists the addresses of which this snapshot says something else than an
+// earlier one, which may be nil. more: it says something else of interfaces or
+// routes too.
+func (s *Snapshot) Moved(before *Snapshot) (addrs []netip.Addr, more bool) {
+	if before == nil {
+		return nil, true
+	}
+	if s == before {
+		return nil, false
+	}
+	a, b := s.list, before.list // in the same order
+	for len(a) > 0 || len(b) > 0 {
+		switch {
+		case len(b) == 0 || len(a) > 0 && compareAddress(a[0], b[0]) < 0:
+			addrs, a = append(addrs, a[0].Addr), a[1:]
+		case len(a) == 0 || compareAddress(a[0], b[0]) > 0:
+			addrs, b = append(addrs, b[0].Addr), b[1:]
+		default:
+			if a[0] != b[0] {
+				addrs = append(addrs, a[0].Addr)
+			}
+			a, b = a[1:], b[1:]
+		}
+	}
+	return slices.Compact(addrs), !maps.Equal(s.Links, before.Links) || !slices.Equal(s.Routes, before.Routes)
+}
+
 // Link gives the interface of that name.
 func (s *Snapshot) Link(name string) (Link, bool) {
 	l, ok := s.byName[name]

@@ -37,7 +37,7 @@ type plan struct {
 	answers   netcfg.Mark             // of sockets that answer diverted clients
 	fixed     map[string]*config.Node // by path, while the plan is built
 	holdings  map[*escaper.Direct]*holding
-	judged    *netcfg.Snapshot // what host was told
+	told      *netcfg.Snapshot // of which host knows
 	sockets   *escaper.Sockets
 	idle      *escaper.Idle // nil: no connection is kept
 	taken     []uint32      // path numbers that the plan before does not have

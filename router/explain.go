@@ -148,7 +148,7 @@ func (r *Router) presume() error {
 	p := r.plan
 	r.setSources(p, have)
 	r.settlePrefixes(p, nil, r.want, have)
-	r.judgeAll(p, have)
+	r.judgePaths(p, have, p.table.Directs())
 	for _, path := range p.table.Paths() {
 		for _, f := range []selection.Family{selection.V4, selection.V6} {
 			if path.Given()&f == 0 || path.Status().Of(f) == escaper.Up {

@@ -420,7 +420,7 @@ func (r *Router) onChange(s *netcfg.Snapshot) {
 		r.log.Error("guards cannot be set", "err", err)
 	}
 	r.refreshPins(r.plan, s)
-	if r.judgeAll(r.plan, s) {
+	if r.judgePaths(r.plan, s, nil) {
 		r.socket.Changed()
 	}
 }

@@ -69,6 +69,7 @@ type Router struct {
 	pins       pins
 	watcher    *netcfg.Watcher  // nil until it follows the kernel
 	have       *netcfg.Snapshot // as it was read last; nil until it follows the kernel
+	judged     *netcfg.Snapshot // what the states of all paths go by; nil: they have none yet
 	settled    settled          // when a reload or a publication last had the network as it wants it
 
 	serving  sync.WaitGroup // front ends that accept

@@ -124,19 +124,21 @@ func (r *Router) setSources(p *plan, s *netcfg.Snapshot) {
 	}
 }
 
-// judgeAll brings the states of all paths in line with a snapshot, ends the
-// connections of addresses that have gone, and reports whether any state
-// changed.
-func (r *Router) judgeAll(p *plan, s *netcfg.Snapshot) bool {
-	return r.judgePaths(p, s, p.table.Directs())
-}
+// fewMoved is how many addresses may have changed for the paths that go by them to
+// be looked for one by one.
+const fewMoved = 1000
 
-// judgePaths is judgeAll for the paths of some escapers, and those that are
-// leaving.
-func (r *Router) judgePaths(p *plan, s *netcfg.Snapshot, of []*escaper.Direct) bool {
-	if p.judged != s {
+// judgePaths brings the states of all paths in line with a snapshot, ends the
+// connections of addresses that have gone, and reports whether any state
+// changed. It looks at the paths of new escapers, at those that go by what has
+// changed since the last time, and at those that errors of this host's own may
+// have turned down: of tens of thousands of paths that is not many, as a rule.
+func (r *Router) judgePaths(p *plan, s *netcfg.Snapshot, fresh []*escaper.Direct) bool {
+	if p.told != s {
 		r.tellHost(p, s)
 	}
+	moved, more := s.Moved(r.judged)
+	r.judged = s
 	// A family that has never had a default route is on-link only and lacks
 	// nothing; one that has had it and lost it reaches nothing.
 	for _, f := range []netcfg.Family{netcfg.IPv4, netcfg.IPv6} {
@@ -144,8 +146,12 @@ func (r *Router) judgePaths(p *plan, s *netcfg.Snapshot, of []*escaper.Direct) b
 	}
 	var changed []*escaper.Path
 	in := map[*escaper.Direct]bool{}
-	for _, d := range of {
-		for _, path := range d.Paths() {
+	for _, d := range p.table.Directs() {
+		paths := d.Paths()
+		if !more && len(moved) <= fewMoved && !d.Watched() && !slices.Contains(fresh, d) {
+			paths = slices.Concat(d.By(moved), p.holdings[d].unbound)
+		}
+		for _, path := range paths {
 			if r.judgePath(p, s, path) {
 				changed = append(changed, path)
 				in[d] = true
@@ -173,7 +179,7 @@ func (r *Router) tellHost(p *plan, s *netcfg.Snapshot) {
 		prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()))
 	}
 	p.host.Set(append(prefixes, s.LocalPrefixes()...), r.listening())
-	p.judged = s
+	p.told = s
 }
 
 // judgePath brings the states of one path in line with a snapshot, and reports

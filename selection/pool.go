@@ -258,6 +258,10 @@ func (p *Pool) byAddress(a netip.Addr) (int, netip.Addr, error) {
 	return 0, netip.Addr{}, Refuse(ErrUnknown, "address %s belongs to no node", a)
 }
 
+// Owner returns the position of the node that an address belongs to, as its own or
+// inside its prefix.
+func (p *Pool) Owner(a netip.Addr) (node int, known bool) { return p.owner(a) }
+
 // owner returns the node that owns an address, as its own or inside its prefix.
 func (p *Pool) owner(a netip.Addr) (int, bool) {
 	i, ok := p.byAddr[a]

@@ -307,6 +307,33 @@ func (p *Path) unknown(now time.Time) *state {
 // changed.
 func (d *Direct) Paths() []*Path { return d.paths }
 
+// By returns the paths that leave by some addresses, each at least once.
+func (d *Direct) By(addrs []netip.Addr) []*Path {
+	var all []*Path
+	if !d.peers {
+		for _, a := range addrs {
+			if i, known := d.pool.Owner(a); known {
+				all = append(all, d.paths[i])
+			}
+		}
+		return all
+	}
+	if len(addrs) == 0 {
+		return nil
+	}
+	// They are none of the pool's, and may be those of many.
+	of := make(map[netip.Addr]bool, len(addrs))
+	for _, a := range addrs {
+		of[a] = true
+	}
+	for _, p := range d.paths {
+		if of[p.V4] || of[p.V6] {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
 // change publishes a path's changed state. It reports whether it differs. f may
 // be called more than once: a reload's new escaper and the old one change the
 // states of the paths that they share.

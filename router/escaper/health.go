@@ -68,8 +68,8 @@ type failedTo struct {
 	at   time.Time
 }
 
-// watched says whether connections or probes judge the escaper's paths.
-func (d *Direct) watched() bool { return d.passive != nil || d.probe != nil }
+// Watched says whether connections or probes judge the escaper's paths.
+func (d *Direct) Watched() bool { return d.passive != nil || d.probe != nil }
 
 // course returns what is remembered of a family. A path to a peer is one for
 // both. A path that nothing has happened to takes no room.
@@ -129,7 +129,7 @@ func (d *Direct) pronounce(p *Path, f selection.Family, v verdict, why string) {
 // observe takes note of how a connection to an address ended, where connections
 // or probes judge the path.
 func (d *Direct) observe(p *Path, r Result, to netip.AddrPort, err error) {
-	if !d.watched() {
+	if !d.Watched() {
 		return
 	}
 	f := selection.FamilyOf(to.Addr())
@@ -344,13 +344,13 @@ func (d *Direct) rejudge(p *Path, f selection.Family) bool {
 // adopt fits what is known of a path to how it is judged after a reload.
 func (d *Direct) adopt(p *Path, before *Direct) {
 	for _, f := range [...]selection.Family{selection.V4, selection.V6} {
-		if p.Given()&f == 0 || !d.watched() && p.courses.Load() == nil && p.verdict(f) == sound {
+		if p.Given()&f == 0 || !d.Watched() && p.courses.Load() == nil && p.verdict(f) == sound {
 			continue
 		}
 		c := p.course(f)
 		c.mu.Lock()
 		switch v := p.verdict(f); {
-		case !d.watched():
+		case !d.Watched():
 			c.giveBack(d.now())
 			d.pronounce(p, f, sound, "")
 		case d.probe == nil && (v == unproved || before.probe != nil && v == failed):

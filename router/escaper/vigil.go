@@ -74,7 +74,7 @@ func (h *Health) exchange(t *Table) map[*Path]*Direct {
 	defer h.mu.Unlock()
 	gone, come := h.table.without(t), t.without(h.table)
 	h.table = t
-	if !slices.ContainsFunc(slices.Concat(gone, come), (*Direct).watched) {
+	if !slices.ContainsFunc(slices.Concat(gone, come), (*Direct).Watched) {
 		return nil
 	}
 	before, kept := map[*ledger]*Direct{}, map[*Path]*Direct{}
