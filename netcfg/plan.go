@@ -331,12 +331,25 @@ func (p Plan) Apply(k Kernel) error {
 		}
 	}
 	done := undone{bare: make(map[ground]bool), leadTo: make(map[ground]bool)}
-	for _, o := range p.Ops {
+	var ahead []error // of the changes of addresses that come next, and are carried out
+	for i, o := range p.Ops {
 		if err := done.forbids(o); err != nil {
 			fail(o, err)
 			continue
 		}
-		err := k.Do(o)
+		var err error
+		if o.Kind == KindAddress {
+			if len(ahead) == 0 {
+				n := slices.IndexFunc(p.Ops[i:], func(o Op) bool { return o.Kind != KindAddress })
+				if n < 0 {
+					n = len(p.Ops) - i
+				}
+				ahead = addresses(k, p.Ops[i:i+n])
+			}
+			err, ahead = ahead[0], ahead[1:]
+		} else {
+			err = k.Do(o)
+		}
 		if err == nil || o.Verb == Delete && isGone(err) || o.Kind == KindAddress && o.Verb == Add && errors.Is(err, unix.EEXIST) {
 			continue
 		}
