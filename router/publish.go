@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -162,8 +163,8 @@ func (p *plan) inline(name string) []config.Inline {
 // floating lists the paths of a direct_float: what is published, in its order,
 // and after it what only the operator's maps lead to.
 func (p *plan) floating(e *config.Escaper) []escaper.NodeOptions {
-	var nodes []escaper.NodeOptions
-	published := map[string]bool{}
+	list, inline := p.published[e.Name].nodes, p.inline(e.Name)
+	nodes := make([]escaper.NodeOptions, 0, len(list)+len(inline))
 	option := func(n *config.Inline) escaper.NodeOptions {
 		o := escaper.NodeOptions{
 			ID: n.ID, V4: n.V4, V6: n.V6, Uplink: n.Uplink, Interface: e.Interface, BindToDevice: e.Interface != "",
@@ -174,15 +175,17 @@ func (p *plan) floating(e *config.Escaper) []escaper.NodeOptions {
 		}
 		return o
 	}
-	for i := range p.published[e.Name].nodes {
-		n := &p.published[e.Name].nodes[i]
-		nodes = append(nodes, option(n))
-		for _, a := range []string{n.V4.String(), n.V6.String()} {
-			published[a] = true
+	for i := range list {
+		nodes = append(nodes, option(&list[i]))
+	}
+	published := map[netip.Addr]bool{}
+	if len(inline) > 0 {
+		for i := range list {
+			published[list[i].V4], published[list[i].V6] = true, true
 		}
 	}
-	for _, n := range p.inline(e.Name) {
-		if n.V4.IsValid() && published[n.V4.String()] || n.V6.IsValid() && published[n.V6.String()] {
+	for _, n := range inline {
+		if n.V4.IsValid() && published[n.V4] || n.V6.IsValid() && published[n.V6] {
 			continue // the published node is what the map leads to
 		}
 		o := option(&n)

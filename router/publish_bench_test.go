@@ -129,6 +129,21 @@ func BenchmarkPublish(b *testing.B) {
 			})
 		})
 	}
+	b.Run("10 of 10000/proxies", func(b *testing.B) {
+		d := runDaemon(b, "escaper:\n  - {name: dyn, type: proxy_float}\n  - {name: out, type: direct_fixed, bind_ip: 192.0.2.1}\n")
+		peers := func(first string, n int) []string {
+			list := published(first, n)
+			for i := range list {
+				list[i] = fmt.Sprintf(`{"type": "http", "username": "u", "password": "p", "path": "out/192.0.2.1", "addr": "%d.proxy.example:3128", "id": %s`, i, strings.Split(strings.SplitN(list[i], `"id": `, 2)[1], ",")[0]+"}")
+			}
+			return list
+		}
+		all := peers("198.18.0.1", 10_000)
+		d.publish(all)
+		measure(b, func(round int) {
+			d.publish(append(all[10:len(all):len(all)], peers(fmt.Sprintf("198.19.%d.1", round%250), 10)...))
+		})
+	})
 	b.Run("10 beside 65000", func(b *testing.B) {
 		d := runDaemon(b, fmt.Sprintf(benchUplink, "on")+dyn+"  - {name: out, type: direct_fixed, nodes: [{ipv4: 10.0.0.1-10.0.253.232}]}\n")
 		measure(b, func(round int) { d.publish(published(fmt.Sprintf("198.19.%d.1", round%250), 10)) })

@@ -81,7 +81,7 @@ func members(b []byte) ([]member, error) {
 	if s.space(); s.b[s.at] != '{' {
 		return nil, fmt.Errorf("want a JSON object, got %s", quote(string(b)))
 	}
-	var out []member
+	out := make([]member, 0, 8)
 	for s.at++; s.more('}'); {
 		key := s.value()
 		s.space()
