@@ -50,6 +50,9 @@ _Static_assert(sizeof(struct entry) == 48, "entry");
 volatile const struct entry entries[MAX_ENTRIES] = {};
 volatile const __u32 count = 0;
 
+/* Whether the kernel says by which interface a packet has come in (5.17). */
+volatile const __u32 by_interface = 1;
+
 /* The longest match decides whether an address is the host's own. */
 struct net {
 	__u32 bits;
@@ -97,11 +100,12 @@ static __always_inline bool within(const struct net *to, const volatile struct e
 SEC("sk_lookup")
 int divert(struct bpf_sk_lookup *ctx)
 {
-	__u32 proto = ctx->protocol, port = ctx->local_port, from = ctx->ingress_ifindex;
+	__u32 proto = ctx->protocol, port = ctx->local_port, from = 0;
 	const volatile struct entry *e = NULL;
 	struct bpf_sock *sk;
 	struct net to = {};
 	__u32 four, at;
+	bool host;
 	long err;
 
 	/* One load each, or the compiler selects between the two places. */
@@ -111,6 +115,9 @@ int divert(struct bpf_sk_lookup *ctx)
 		to.addr[i] = *(volatile const __u32 *)&ctx->local_ip6[i];
 	if (ctx->family == AF_INET)
 		mapped4(&to, four);
+	if (by_interface)
+		from = *(volatile const __u32 *)&ctx->ingress_ifindex;
+	host = is_own(&to);
 	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
 		const volatile struct entry *x = &entries[i];
 
@@ -118,12 +125,14 @@ int divert(struct bpf_sk_lookup *ctx)
 			return SK_PASS;
 		if (x->protocol != proto || port < x->first || port > x->last)
 			continue;
-		if (x->ifindex ? x->ifindex == from : within(&to, x)) {
+		if (x->others && host)
+			continue;
+		if (x->ifindex ? !by_interface || x->ifindex == from : within(&to, x)) {
 			e = x;
 			break;
 		}
 	}
-	if (!e || (e->others && is_own(&to)))
+	if (!e)
 		return SK_PASS;
 	at = e->socket + (proto == IPPROTO_UDP ? SOCKET_UDP : 0) +
 	     (ctx->family == AF_INET ? 0 : SOCKET_V6);

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,11 +21,18 @@ import (
 // MaxDivertEntries is how many entries a Diversion may have (divert.c).
 const MaxDivertEntries = 128
 
+// ErrInterfaceUnknown says that the kernel does not tell the programs by which interface
+// a connection comes in (before 5.17), where that makes a difference.
+var ErrInterfaceUnknown = errors.New("the kernel does not say by which interface a connection comes in (Linux 5.17)")
+
 // AnyPort is the last port of an entry without ports, whose first is 0.
 const AnyPort = 1<<16 - 1
 
-// NeedDivert is what a Diverter is for, as Feature.Need.
-const NeedDivert = "servers of type tproxy, and prefixes in listen"
+// What a Diverter is for, as Feature.Need.
+const (
+	NeedDivert    = "servers of type tproxy, and prefixes in listen"
+	NeedFragments = "servers of type tproxy"
+)
 
 // DivertEntry is one thing that is taken. Of two that match a packet the first
 // one decides.
@@ -63,23 +69,25 @@ type Diversion struct {
 
 // Diverter hands to sockets of ours what the kernel delivers on this host for
 // others (see netcfg), and drops the fragments that its rules cannot see the
-// ports of. It needs Linux 6.6.
+// ports of. The latter takes a link to the interface (tcx, Linux 6.6), or an Ingress.
 //
-// Its programs are pinned, and hold when the process ends, however it does:
-// then there are no sockets, and what is theirs is dropped. The next Diverter of
-// the same directory takes them over, each by one atomic update.
+// Its programs are pinned, or an Ingress keeps them, and hold when the process ends,
+// however it does: then there are no sockets, and what is theirs is dropped. The next
+// Diverter of the same directory takes them over, each by one atomic update.
 //
 // All methods may be called concurrently, but Set has to be called in the
 // network namespace that NewDiverter was called in.
 type Diverter struct {
-	mu     sync.Mutex
-	dir    string
-	ns     *os.File
-	objs   *divertObjects // nil before the first Set
-	lookup link.Link
-	edges  map[uint32]link.Link // by interface index
-	own    map[netip.Prefix]bool
-	closed bool
+	mu      sync.Mutex
+	dir     string
+	in      Ingress
+	ns      *os.File
+	objs    *divertObjects // nil before the first Set
+	lookup  link.Link
+	edges   map[uint32]link.Link // by interface index
+	filters map[uint32]bool      // interfaces that have one by in
+	own     map[netip.Prefix]bool
+	closed  bool
 }
 
 // Names of the pins.
@@ -90,9 +98,11 @@ const (
 
 // NewDiverter opens what an earlier run has left pinned in a directory, which is
 // made when it is not there, in a bpf file system. What is pinned stays as it is
-// until Set. Nothing else may use the directory.
-func NewDiverter(dir string) (_ *Diverter, err error) {
-	d := &Diverter{dir: dir, edges: map[uint32]link.Link{}, own: map[netip.Prefix]bool{}}
+// until Set. Nothing else may use the directory, whose last element is unique to the
+// daemon on its host: programs in the Ingress are known by it. The Ingress is of the
+// network namespace of the calling thread; without one, nil, only links will do.
+func NewDiverter(dir string, in Ingress) (_ *Diverter, err error) {
+	d := &Diverter{dir: dir, in: in, edges: map[uint32]link.Link{}, filters: map[uint32]bool{}, own: map[netip.Prefix]bool{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
@@ -116,7 +126,14 @@ func NewDiverter(dir string) (_ *Diverter, err error) {
 			return nil, err
 		}
 	}
-	return d, nil
+	if in == nil {
+		return d, nil
+	}
+	indexes, err := in.Ingresses(divertFilter(dir))
+	for _, index := range indexes {
+		d.filters[uint32(index)] = true
+	}
+	return d, err
 }
 
 // divertPins lists the pins in a directory; none when it is not there.
@@ -200,10 +217,6 @@ func loadDiversion(v Diversion) (_ *divertObjects, err error) {
 	if len(v.Entries) > MaxDivertEntries {
 		return nil, fmt.Errorf("divert: %d entries, at most %d are possible", len(v.Entries), MaxDivertEntries)
 	}
-	spec, err := loadDivert()
-	if err != nil {
-		return nil, fmt.Errorf("read the eBPF object: %w", err)
-	}
 	var entries [MaxDivertEntries]divertEntry
 	for i, e := range v.Entries {
 		if e.Server < 0 || e.Server >= len(v.Sockets) {
@@ -211,16 +224,17 @@ func loadDiversion(v Diversion) (_ *divertObjects, err error) {
 		}
 		entries[i] = e.encode()
 	}
-	if err := spec.Variables[divertVarEntries].Set(entries); err != nil {
-		return nil, fmt.Errorf("set %s: %w", divertVarEntries, err)
+	objs, err := loadEntries(v, entries, true)
+	if errors.Is(err, unix.EACCES) { // a verdict: the kernel may not know the interface (5.15 does not)
+		if older, again := loadEntries(v, entries, false); again == nil {
+			objs, err = older, v.oneServerEach()
+		}
 	}
-	if err := spec.Variables[divertVarCount].Set(uint32(len(v.Entries))); err != nil {
-		return nil, fmt.Errorf("set %s: %w", divertVarCount, err)
-	}
-	spec.Maps[divertMapSockets].MaxEntries = uint32(max(1, socketsOf*len(v.Sockets)))
-	objs := &divertObjects{}
-	if err := spec.LoadAndAssign(objs, nil); err != nil {
-		return nil, tooOldToDivert(fmt.Errorf("load the diverting programs: %w", plain(err)))
+	if err != nil {
+		if objs != nil {
+			err = errors.Join(err, objs.Close())
+		}
+		return nil, err
 	}
 	for i, s := range v.Sockets {
 		for j, one := range [socketsOf]Socket{s.TCP4, s.TCP6, s.UDP4, s.UDP6} {
@@ -234,6 +248,45 @@ func loadDiversion(v Diversion) (_ *divertObjects, err error) {
 	}
 	return objs, nil
 }
+
+// loadEntries loads the programs; byInterface says whether they tell interfaces apart.
+func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, byInterface bool) (*divertObjects, error) {
+	spec, err := loadDivert()
+	if err != nil {
+		return nil, fmt.Errorf("read the eBPF object: %w", err)
+	}
+	for name, value := range map[string]any{
+		divertVarEntries: entries, divertVarCount: uint32(len(v.Entries)), divertVarByInterface: boolValue(byInterface),
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	spec.Maps[divertMapSockets].MaxEntries = uint32(max(1, socketsOf*len(v.Sockets)))
+	objs := &divertObjects{}
+	if err := spec.LoadAndAssign(objs, nil); err != nil {
+		return nil, fmt.Errorf("load the diverting programs: %w", plain(err))
+	}
+	return objs, nil
+}
+
+// oneServerEach is an error when two servers take the same ports of different
+// interfaces. The rules that lead packets here go by the interface, so that without
+// looking at it nothing else is taken; but one server would get what is the other's.
+func (v Diversion) oneServerEach() error {
+	for i, a := range v.Entries {
+		for _, b := range v.Entries[:i] {
+			if a.Server != b.Server && a.Interface != b.Interface && a.Protocol == b.Protocol &&
+				a.First <= b.Last && b.First <= a.Last && a.takesOthers() && b.takesOthers() {
+				return fmt.Errorf("%w: port %d of two interfaces is for two servers", ErrInterfaceUnknown, max(a.First, b.First))
+			}
+		}
+	}
+	return nil
+}
+
+// takesOthers says whether it is about other addresses than the host's.
+func (e DivertEntry) takesOthers() bool { return e.Interface != 0 || e.Absent }
 
 // socketsOf is how many sockets a server may have, and noSocket is where none is.
 const (
@@ -285,14 +338,6 @@ func words(b [16]byte) (w [4]uint32) {
 	return w
 }
 
-// tooOldToDivert tells the one error that is the kernel's age.
-func tooOldToDivert(err error) error {
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		return fmt.Errorf("%w: diverting needs Linux 6.6: %w", ErrNoTCX, err)
-	}
-	return err
-}
-
 // install puts the lookup's program in force.
 func (d *Diverter) install(objs *divertObjects) error {
 	if d.lookup != nil {
@@ -303,77 +348,13 @@ func (d *Diverter) install(objs *divertObjects) error {
 	}
 	l, err := link.AttachNetNs(int(d.ns.Fd()), objs.Divert)
 	if err != nil {
-		return tooOldToDivert(fmt.Errorf("attach the diverting program: %w", plain(err)))
+		return fmt.Errorf("attach the diverting program: %w", plain(err))
 	}
 	if err := pinAt(d.dir, pinDivert, l); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	d.lookup = l
 	return nil
-}
-
-// watch puts the program for fragments on the interfaces of entries, and takes
-// it off others.
-func (d *Diverter) watch(entries []DivertEntry) error {
-	want := map[uint32]bool{}
-	var errs []error
-	for _, e := range entries {
-		if e.Interface == 0 || want[e.Interface] {
-			continue
-		}
-		want[e.Interface] = true
-		if err := d.watchOn(e.Interface); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	for index, l := range maps.Clone(d.edges) {
-		if !want[index] {
-			delete(d.edges, index)
-			errs = append(errs, unpin(d.dir, edgePin(index)), l.Close())
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func edgePin(index uint32) string { return pinFragments + strconv.FormatUint(uint64(index), 10) }
-
-func (d *Diverter) watchOn(index uint32) error {
-	name := edgePin(index)
-	if l := d.edges[index]; l != nil {
-		err := l.Update(d.objs.Fragments)
-		if err == nil {
-			return nil
-		}
-		delete(d.edges, index)
-		if !errors.Is(err, unix.ENOLINK) { // its interface has gone
-			return errors.Join(fmt.Errorf("replace the program for fragments: %w", plain(err)), l.Close())
-		}
-		if err := errors.Join(unpin(d.dir, name), l.Close()); err != nil {
-			return err
-		}
-	}
-	l, err := attachFragments(index, d.objs.Fragments)
-	if errors.Is(err, unix.ENODEV) {
-		return nil // nothing comes in by it either
-	}
-	if err != nil {
-		return err
-	}
-	if err := pinAt(d.dir, name, l); err != nil {
-		return errors.Join(err, l.Close())
-	}
-	d.edges[index] = l
-	return nil
-}
-
-// attachFragments puts the program before others of its kind, whose verdict may be
-// the last.
-func attachFragments(index uint32, prog *ebpf.Program) (link.Link, error) {
-	l, err := link.AttachTCX(link.TCXOptions{Interface: int(index), Program: prog, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
-	if err != nil {
-		return nil, tooOldToDivert(fmt.Errorf("attach the program for fragments to interface %d: %w", index, plain(err)))
-	}
-	return l, nil
 }
 
 // SetOwn says which addresses are the host's own: what comes in for them is left
@@ -440,15 +421,9 @@ func (d *Diverter) Close() error {
 	return errors.Join(errs...)
 }
 
-// Diverts says whether anything is pinned in a Diverter's directory.
-func Diverts(dir string) (bool, error) {
-	names, err := divertPins(dir)
-	return len(names) > 0, err
-}
-
-// CleanDivert ends what a Diverter has pinned in a directory, and removes that.
-// The rules that lead packets here have to be gone before.
-func CleanDivert(dir string) error {
+// CleanDivert ends what a Diverter has left in a directory, which it removes, and
+// in the Ingress. The rules that lead packets here have to be gone before.
+func CleanDivert(dir string, in Ingress) error {
 	names, err := divertPins(dir)
 	if err != nil {
 		return err
@@ -457,6 +432,7 @@ func CleanDivert(dir string) error {
 	for _, name := range names {
 		errs = append(errs, detachPinned(filepath.Join(dir, name)))
 	}
+	errs = append(errs, CleanIngress(in, divertFilter(dir)))
 	err = errors.Join(append(errs, unpin(dir, names...))...)
 	if rm := os.Remove(dir); rm != nil && !errors.Is(rm, os.ErrNotExist) {
 		err = errors.Join(err, fmt.Errorf("remove the directory of pins: %w", rm))
@@ -475,34 +451,4 @@ func detachPinned(path string) error {
 		err = nil
 	}
 	return errors.Join(err, l.Close())
-}
-
-// ProbeDivert tries what a Diverter needs of the kernel and changes nothing.
-func ProbeDivert() Feature {
-	f := Feature{
-		Name: "diverted traffic", Since: "6.6", Need: NeedDivert,
-		Remedy: "run a newer kernel",
-	}
-	missing, err := missingRights()
-	if err == nil && len(missing) > 0 {
-		return feature(f, errNoRights)
-	}
-	if err != nil {
-		return feature(f, err)
-	}
-	objs, err := loadDiversion(Diversion{})
-	if err != nil {
-		return feature(f, err)
-	}
-	defer objs.Close()
-	// Older kernels take the programs and cannot attach that for fragments. No
-	// interface has that number; a kernel with tcx looks for it and says so.
-	l, err := attachFragments(math.MaxInt32, objs.Fragments)
-	if err == nil {
-		return feature(f, l.Close())
-	}
-	if errors.Is(err, unix.ENODEV) {
-		err = nil
-	}
-	return feature(f, err)
 }

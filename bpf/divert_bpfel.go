@@ -36,12 +36,13 @@ type divertNet struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	divertMapOwn        = "own"
-	divertMapSockets    = "sockets"
-	divertProgDivert    = "divert"
-	divertProgFragments = "fragments"
-	divertVarCount      = "count"
-	divertVarEntries    = "entries"
+	divertMapOwn         = "own"
+	divertMapSockets     = "sockets"
+	divertProgDivert     = "divert"
+	divertProgFragments  = "fragments"
+	divertVarByInterface = "by_interface"
+	divertVarCount       = "count"
+	divertVarEntries     = "entries"
 )
 
 // loadDivert returns the embedded CollectionSpec for divert.
@@ -102,8 +103,9 @@ type divertMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type divertVariableSpecs struct {
-	Count   *ebpf.VariableSpec `ebpf:"count"`
-	Entries *ebpf.VariableSpec `ebpf:"entries"`
+	ByInterface *ebpf.VariableSpec `ebpf:"by_interface"`
+	Count       *ebpf.VariableSpec `ebpf:"count"`
+	Entries     *ebpf.VariableSpec `ebpf:"entries"`
 }
 
 // divertObjects contains all objects after they have been loaded into the kernel.
@@ -141,8 +143,9 @@ func (m *divertMaps) Close() error {
 //
 // It can be passed to loadDivertObjects or ebpf.CollectionSpec.LoadAndAssign.
 type divertVariables struct {
-	Count   *ebpf.Variable `ebpf:"count"`
-	Entries *ebpf.Variable `ebpf:"entries"`
+	ByInterface *ebpf.Variable `ebpf:"by_interface"`
+	Count       *ebpf.Variable `ebpf:"count"`
+	Entries     *ebpf.Variable `ebpf:"entries"`
 }
 
 // divertPrograms contains all programs after they have been loaded into the kernel.

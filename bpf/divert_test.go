@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"wayout/netcfg"
 	"wayout/scripts/lab"
 )
 
@@ -27,6 +28,7 @@ type divertWorld struct {
 	t    *testing.T
 	lan  uint32
 	dir  string
+	in   *netcfg.Netlink
 	d    *Diverter
 	tcp4 *net.TCPListener
 	tcp6 *net.TCPListener
@@ -79,9 +81,14 @@ func newDivertWorld(t *testing.T) *divertWorld {
 		t.Fatal(err)
 	}
 	d := &divertWorld{World: w, t: t, lan: uint32(lan.Attrs().Index)}
-	d.dir = filepath.Join(mount, "wayout", fmt.Sprintf("test-divert-%d", os.Getpid()))
+	d.dir = filepath.Join(mount, "wayout", fmt.Sprintf("wayout-test-divert-%d", os.Getpid()))
+	d.do(func() (err error) {
+		d.in, err = netcfg.Open(netcfg.Options{StateDir: t.TempDir()})
+		return err
+	})
+	t.Cleanup(func() { d.in.Close() })
 	t.Cleanup(func() {
-		if err := CleanDivert(d.dir); err != nil {
+		if err := CleanDivert(d.dir, d.in); err != nil {
 			t.Error(err)
 		}
 	})
@@ -100,7 +107,7 @@ func (w *divertWorld) do(f func() error) {
 func (w *divertWorld) open() {
 	w.t.Helper()
 	w.do(func() (err error) {
-		w.d, err = NewDiverter(w.dir)
+		w.d, err = NewDiverter(w.dir, w.in)
 		return err
 	})
 	d := w.d
@@ -247,8 +254,8 @@ func TestDivert(t *testing.T) {
 
 	// The next one takes over.
 	w.open()
-	if w.d.lookup == nil || len(w.d.edges) != 1 {
-		t.Fatalf("not taken over: %v, %v", w.d.lookup, w.d.edges)
+	if w.d.lookup == nil || len(w.d.edges)+len(w.d.filters) != 1 {
+		t.Fatalf("not taken over: %v, %v, %v", w.d.lookup, w.d.edges, w.d.filters)
 	}
 	w.wants("before its first Set", map[string]string{"203.0.113.99:443": "nobody"})
 	w.own("10.0.0.1/32", "fd00::1/128", "198.51.100.2/32", "2001:db8:100::2/128")
@@ -278,22 +285,29 @@ func TestDivert(t *testing.T) {
 		})
 	})
 	w.wants("a prefix", map[string]string{"10.0.0.1:443": "next at 10.0.0.1:443", "10.0.0.1:441": "next at 10.0.0.1:441", "10.0.0.1:439": "nobody", "[fd00::1]:443": "host at [fd00::1]:443"})
-	if len(w.d.edges) != 0 {
-		t.Errorf("fragments are still looked for on %v", w.d.edges)
+	w.do(func() error {
+		both := append(w.entries()[:1:1], DivertEntry{Server: 1, Prefix: netip.MustParsePrefix("10.0.0.0/30"), Protocol: unix.IPPROTO_TCP, First: 443, Last: 443})
+		return w.d.Set(Diversion{Entries: both, Sockets: []DivertSockets{{}, {TCP4: raw(t, w.tcp4)}}})
+	})
+	w.wants("a prefix behind an interface", map[string]string{"10.0.0.1:443": "next at 10.0.0.1:443", "203.0.113.99:443": "nobody"})
+	w.do(func() error { return w.d.Set(Diversion{}) })
+	if len(w.d.edges)+len(w.d.filters) != 0 {
+		t.Errorf("fragments are still looked for on %v, %v", w.d.edges, w.d.filters)
 	}
 
+	w.do(func() error { return w.d.Set(Diversion{Entries: w.entries(), Sockets: []DivertSockets{{}}}) })
 	if err := w.d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if yes, err := Diverts(w.dir); !yes || err != nil {
+	if names, err := divertPins(w.dir); len(names) == 0 || err != nil {
 		t.Errorf("nothing is pinned: %v", err)
 	}
-	if err := CleanDivert(w.dir); err != nil {
+	if err := CleanDivert(w.dir, w.in); err != nil {
 		t.Fatal(err)
 	}
 	w.wants("cleaned", map[string]string{"10.0.0.1:443": "host at 10.0.0.1:443", "[2001:db8:9::9]:443": "host at [2001:db8:9::9]:443"})
-	if yes, err := Diverts(w.dir); yes || err != nil {
-		t.Errorf("something is pinned: %v", err)
+	if names, err := divertPins(w.dir); len(names) > 0 || err != nil {
+		t.Errorf("pinned are %v: %v", names, err)
 	}
 }
 
@@ -306,6 +320,34 @@ func TestDiversionMistakes(t *testing.T) {
 		if o, err := loadDiversion(v); err == nil {
 			o.Close()
 			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+// TestOneServerEach: where the interface is not known two servers' ports may not meet.
+func TestOneServerEach(t *testing.T) {
+	tcp := func(server int, index uint32, first, last uint16) DivertEntry {
+		return DivertEntry{Server: server, Interface: index, Absent: index == 0, Protocol: unix.IPPROTO_TCP, First: first, Last: last}
+	}
+	udp := tcp(1, 3, 443, 443)
+	udp.Protocol = unix.IPPROTO_UDP
+	prefix := DivertEntry{Server: 1, Prefix: netip.MustParsePrefix("10.0.0.0/8"), Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}
+	for name, c := range map[string]struct {
+		with DivertEntry
+		ok   bool
+	}{
+		"the same server":      {tcp(0, 3, 443, 443), true},
+		"the same interface":   {tcp(1, 2, 443, 443), true},
+		"other ports":          {tcp(1, 3, 501, 600), true},
+		"another protocol":     {udp, true},
+		"the host's own":       {prefix, true},
+		"the last port":        {tcp(1, 3, 500, 600), false},
+		"all ports":            {tcp(1, 3, 0, AnyPort), false},
+		"an interface to come": {tcp(1, 0, 443, 443), false},
+	} {
+		err := Diversion{Entries: []DivertEntry{tcp(0, 2, 400, 500), c.with}}.oneServerEach()
+		if (err == nil) != c.ok || err != nil && !errors.Is(err, ErrInterfaceUnknown) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -404,7 +446,9 @@ func TestDivertFragments(t *testing.T) {
 
 func TestProbeDivert(t *testing.T) {
 	lab.Require(t)
-	if f := ProbeDivert(); !f.OK || f.Err != nil {
-		t.Errorf("%+v", f)
+	for _, f := range []Feature{ProbeDivert(), ProbeFragments(netcfg.TryIngress)} {
+		if !f.OK || f.Err != nil {
+			t.Errorf("%+v", f)
+		}
 	}
 }

@@ -55,6 +55,18 @@ func feature(f Feature, err error) Feature {
 	return f
 }
 
+// withRights completes a Feature by a probe that needs bpf().
+func (f Feature) withRights(probe func() error) Feature {
+	missing, err := missingRights()
+	switch {
+	case err != nil:
+		return feature(f, err)
+	case len(missing) > 0:
+		return feature(f, errNoRights)
+	}
+	return feature(f, probe())
+}
+
 func probeCgroup2() Feature {
 	_, err := FindCgroup2()
 	return feature(Feature{

@@ -5,21 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"sync"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
-
-// ErrNoTCX says that the kernel cannot run programs on an interface's packets the
-// way that a Responder needs (tcx, Linux 6.6).
-var ErrNoTCX = errors.New("no tcx in this kernel")
 
 // NeedNeighbours is what a Responder is for, as Feature.Need.
 const NeedNeighbours = "whole IPv6 prefixes on a shared link"
@@ -35,6 +29,11 @@ type ResponderOptions struct {
 
 	// Except are addresses in the prefixes that are others': the gateway's.
 	Except []netip.Addr
+
+	// Ingress serves where the kernel has no links for it; nil: then nothing does. It
+	// knows the Responder by Name. It is of the calling thread's network namespace.
+	Ingress Ingress
+	Name    string
 }
 
 // Responder answers the neighbour solicitations that come in by one interface for
@@ -48,7 +47,8 @@ type ResponderOptions struct {
 // snooping) has to be told to let them through.
 //
 // Nothing is pinned: the Responder ends with the process. Addresses that nobody
-// answers for are not reached then, and nothing leaks. It ends with its interface
+// answers for are not reached then, and nothing leaks. Where an Ingress has it, it goes
+// on after a process that was killed, until CleanIngress. It ends with its interface
 // too: one that comes back is another, and needs a new Responder.
 //
 // All methods may be called concurrently.
@@ -56,12 +56,14 @@ type Responder struct {
 	mu     sync.Mutex
 	objs   responderObjects
 	link   link.Link
-	fd     int // of the packet socket that has the interface take all multicast
+	detach func() error // where there is no link
+	fd     int          // of the packet socket that has the interface take all multicast
 	set    map[netip.Prefix]bool
 	closed bool
 }
 
-// NewResponder starts to answer. On a kernel before 6.6 the error wraps ErrNoTCX.
+// NewResponder starts to answer. Without an Ingress the error wraps ErrNoTCX on a
+// kernel before 6.6.
 func NewResponder(o ResponderOptions) (_ *Responder, err error) {
 	if o.Interface <= 0 {
 		return nil, fmt.Errorf("answer neighbour solicitations: interface number %d", o.Interface)
@@ -78,8 +80,8 @@ func NewResponder(o ResponderOptions) (_ *Responder, err error) {
 	if r.fd, err = allMulticast(o.Interface); err != nil {
 		return nil, err
 	}
-	if r.link, err = attachResponder(o.Interface, r.objs.Answer); err != nil {
-		return nil, err
+	if err := r.attach(o); err != nil {
+		return nil, fmt.Errorf("attach the neighbour responder: %w", err)
 	}
 	return r, nil
 }
@@ -98,7 +100,7 @@ func loadResponderWith(o ResponderOptions) (*Responder, error) {
 	}
 	r := &Responder{fd: -1, set: make(map[netip.Prefix]bool)}
 	if err := spec.LoadAndAssign(&r.objs, nil); err != nil {
-		return nil, noTCX(fmt.Errorf("load the neighbour responder: %w", plain(err)))
+		return nil, fmt.Errorf("load the neighbour responder: %w", plain(err))
 	}
 	if err := r.Set(o.Prefixes, o.Except); err != nil {
 		return nil, errors.Join(err, r.Close())
@@ -106,27 +108,16 @@ func loadResponderWith(o ResponderOptions) (*Responder, error) {
 	return r, nil
 }
 
-// attachResponder puts the program before others of its kind, whose verdict may be
-// the last.
-func attachResponder(index int, prog *ebpf.Program) (link.Link, error) {
-	l, err := link.AttachTCX(link.TCXOptions{Interface: index, Program: prog, Attach: ebpf.AttachTCXIngress, Anchor: link.Head()})
-	if err != nil {
-		return nil, noTCX(fmt.Errorf("attach the neighbour responder to interface %d: %w", index, plain(err)))
-	}
-	return l, nil
-}
-
-// noTCX tells the one error that is the kernel's age.
-func noTCX(err error) error {
-	if !errors.Is(err, ebpf.ErrNotSupported) {
+func (r *Responder) attach(o ResponderOptions) (err error) {
+	r.link, err = attachTCX(o.Interface, r.objs.Answer)
+	if !errors.Is(err, ErrNoTCX) || o.Ingress == nil {
 		return err
 	}
-	release := "unknown"
-	var u unix.Utsname
-	if unix.Uname(&u) == nil {
-		release = unix.ByteSliceToString(u.Release[:])
+	if err := o.Ingress.SetIngress(o.Interface, o.Name, r.objs.Answer.FD()); err != nil {
+		return err
 	}
-	return fmt.Errorf("%w (Linux %s): answering neighbour solicitations needs Linux 6.6: %w", ErrNoTCX, release, err)
+	r.detach = func() error { return o.Ingress.UnsetIngress(o.Interface, o.Name) }
+	return nil
 }
 
 // allMulticast has an interface take in all multicast for as long as the packet
@@ -244,6 +235,9 @@ func (r *Responder) Close() error {
 	if r.link != nil {
 		errs = append(errs, r.link.Close())
 	}
+	if r.detach != nil {
+		errs = append(errs, r.detach())
+	}
 	if r.fd >= 0 {
 		errs = append(errs, unix.Close(r.fd))
 	}
@@ -252,30 +246,17 @@ func (r *Responder) Close() error {
 }
 
 // ProbeResponder tries what NewResponder needs of the kernel and changes nothing.
-func ProbeResponder() Feature {
+// tryIngress tries it without links.
+func ProbeResponder(tryIngress func(prog int) error) Feature {
 	f := Feature{
-		Name: "answers for whole IPv6 prefixes", Since: "6.6", Need: NeedNeighbours,
-		Remedy: "run a newer kernel, have the upstream route the prefix to the host, or name single addresses",
+		Name: "answers for whole IPv6 prefixes", Since: "5.15", Need: NeedNeighbours,
+		Remedy: remedyIngress + ", have the upstream route the prefix to the host, or name single addresses",
 	}
-	missing, err := missingRights()
-	if err == nil && len(missing) > 0 {
-		return feature(f, errNoRights)
-	}
-	if err != nil {
-		return feature(f, err)
-	}
-	r, err := loadResponderWith(ResponderOptions{MAC: make(net.HardwareAddr, 6)})
-	if err != nil {
-		return feature(f, err)
-	}
-	defer r.Close()
-	// No interface has that number; a kernel with tcx looks for it and says so.
-	l, err := attachResponder(math.MaxInt32, r.objs.Answer)
-	if err == nil {
-		return feature(f, l.Close())
-	}
-	if errors.Is(err, unix.ENODEV) {
-		err = nil
-	}
-	return feature(f, err)
+	return f.withRights(func() error {
+		r, err := loadResponderWith(ResponderOptions{MAC: make(net.HardwareAddr, 6)})
+		if err != nil {
+			return err
+		}
+		return errors.Join(probeIngress(r.objs.Answer, tryIngress), r.Close())
+	})
 }

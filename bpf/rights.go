@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,7 +16,7 @@ import (
 // What is not a refusal stays as it is, but that a verdict of the verifier is
 // completed by the right that older kernels want for these programs.
 func plain(err error) error {
-	if errors.Is(err, unix.EACCES) {
+	if verdict := (*ebpf.VerifierError)(nil); errors.Is(err, unix.EACCES) || errors.As(err, &verdict) {
 		return perfmon(err)
 	}
 	if err == nil || !errors.Is(err, unix.EPERM) {
@@ -49,9 +50,9 @@ func missingRights() ([]string, error) {
 	return missing, nil
 }
 
-// perfmon says of a verdict that it may be for want of CAP_PERFMON: without it
-// older verifiers (6.1's) refuse to overwrite a part of what is kept on the
-// stack, also where that is no pointer.
+// perfmon says of a verdict that it may be for want of CAP_PERFMON: without it older
+// verifiers (up to 6.14's) refuse to overwrite a part of what is kept on the stack, also
+// where that is no pointer, or do not come to an end with loops.
 func perfmon(err error) error {
 	has, readErr := rights()
 	if readErr != nil || has(unix.CAP_PERFMON) || has(unix.CAP_SYS_ADMIN) {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
@@ -33,6 +34,7 @@ type Netlink struct {
 	opt     Options
 	ns      *os.File // the namespace, for sockets and files opened later
 	sock    *nl.SocketHandle
+	tc      *netlink.Handle // for programs on interfaces
 	ipv6    bool
 	proto   bool // IFA_PROTO is kept
 	journal *journal
@@ -57,6 +59,10 @@ func Open(opt Options) (*Netlink, error) {
 	_ = sock.SetExtAck(true)
 	_ = sock.SetReceiveTimeout(&unix.Timeval{Sec: 10})
 	_ = sock.SetSendTimeout(&unix.Timeval{Sec: 10})
+	if k.tc, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		_ = k.Close()
+		return nil, fmt.Errorf("open a netlink socket: %w", err)
+	}
 	_, err = os.Stat("/proc/thread-self/net/if_inet6")
 	k.ipv6 = err == nil
 	k.proto = !opt.NoAddrProto && kernelAtLeast(5, 18)
@@ -82,6 +88,9 @@ func Read() (*Snapshot, error) {
 // Close gives the sockets back.
 func (k *Netlink) Close() error {
 	k.sock.Close()
+	if k.tc != nil {
+		k.tc.Close()
+	}
 	return k.ns.Close()
 }
 

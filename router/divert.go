@@ -186,7 +186,8 @@ func unopened(c *config.Config) []*server {
 }
 
 // diversion is what the kernel is to hand to servers, the first of which goes
-// before the others.
+// before the others. What stands for interfaces that are not there comes last: it
+// drops what comes in by any.
 func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
 	var v bpf.Diversion
 	add := func(e bpf.DivertEntry) {
@@ -214,6 +215,15 @@ func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
 			}
 		}
 	}
+	slices.SortStableFunc(v.Entries, func(a, b bpf.DivertEntry) int {
+		switch {
+		case a.Absent == b.Absent:
+			return 0
+		case b.Absent:
+			return -1
+		}
+		return 1
+	})
 	return v
 }
 
@@ -253,24 +263,24 @@ func divertDir(mount string, c *config.Config) string {
 
 // openDiverter opens what diverts. Without pins nothing would stop diverted
 // traffic when the daemon ends.
-func openDiverter(c *config.Config) (*bpf.Diverter, error) {
+func openDiverter(c *config.Config, k *netcfg.Netlink) (*bpf.Diverter, error) {
 	mount, err := bpf.BPFFS(true)
 	if err != nil {
 		return nil, fmt.Errorf("diverted traffic has to be stopped when the daemon ends: %w", err)
 	}
-	return bpf.NewDiverter(divertDir(mount, c))
+	return bpf.NewDiverter(divertDir(mount, c), k)
 }
 
-// cleanDiverter removes what an earlier run has left pinned.
-func cleanDiverter(c *config.Config) error {
+// cleanDiverter removes what an earlier run has left.
+func cleanDiverter(c *config.Config, k *netcfg.Netlink) error {
 	mount, err := bpf.BPFFS(false)
-	if errors.Is(err, bpf.ErrNotMounted) {
-		return nil
+	if errors.Is(err, bpf.ErrNotMounted) { // what is not pinned may be there all the same
+		return bpf.CleanIngress(k, filepath.Base(divertDir("", c)))
 	}
 	if err != nil {
 		return err
 	}
-	return bpf.CleanDivert(divertDir(mount, c))
+	return bpf.CleanDivert(divertDir(mount, c), k)
 }
 
 // divert has the kernel hand to servers what is theirs.
@@ -281,7 +291,7 @@ func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
 			return nil
 		}
 		var err error
-		if k.diverter, err = openDiverter(r.o.Config); err != nil {
+		if k.diverter, err = openDiverter(r.o.Config, k.net); err != nil {
 			return err
 		}
 	}
@@ -312,6 +322,21 @@ func (r *Router) followDiverts(s *netcfg.Snapshot) {
 	}
 	if err := r.divert(r.servers, s); err != nil {
 		r.log.Error("traffic cannot be diverted", "err", err)
+	}
+}
+
+// restoreDiverts puts back what others have taken off an interface together with
+// its queueing discipline.
+func (r *Router) restoreDiverts() {
+	if r.kernel.diverter == nil {
+		return
+	}
+	restored, err := r.kernel.diverter.Restore()
+	if err != nil {
+		r.log.Error("fragments of diverted traffic cannot be dropped", "err", err)
+	}
+	for _, index := range restored {
+		r.log.Warn("the program that drops fragments was taken off and is put back", "index", index)
 	}
 }
 
@@ -353,7 +378,7 @@ func (r *Router) closeDiverter() error {
 	r.kernel.diverter = nil
 	c := r.plan.config
 	if len(r.want.Diverts) == 0 {
-		return errors.Join(d.Close(), cleanDiverter(r.o.Config))
+		return errors.Join(d.Close(), cleanDiverter(r.o.Config, r.kernel.net))
 	}
 	r.log.Info("diverted traffic stays stopped: wayout clean lifts that")
 	have, err := r.kernel.net.Read()
@@ -381,7 +406,7 @@ func holdDiverts(c *config.Config, k *netcfg.Netlink) (err error) {
 	if err != nil {
 		return err
 	}
-	d, err := openDiverter(c)
+	d, err := openDiverter(c, k)
 	if err != nil {
 		return err
 	}

@@ -143,6 +143,9 @@ func (r *Router) openKernel() (err error) {
 	if err = r.endSockets(0, netcfg.Spare{Cgroups: spared}); err != nil {
 		return err
 	}
+	if err = cleanAnswers(r.o.Config, k.net); err != nil {
+		return err
+	}
 	if !r.o.Config.Accounting {
 		r.log.Warn("accounting is off: the kernel neither counts nor guards")
 	} else if err = r.loadPrograms(); err != nil {
@@ -240,7 +243,7 @@ func (r *Router) applyNetwork(ctx context.Context) error {
 		r.log.Info("network made as wished", "changes", len(p.Ops))
 	}
 	if k.diverter == nil { // of another configuration; its rules have just gone
-		if err := cleanDiverter(r.o.Config); err != nil {
+		if err := cleanDiverter(r.o.Config, k.net); err != nil {
 			return err
 		}
 	}

@@ -8,6 +8,7 @@ import (
 
 	"wayout/bpf"
 	"wayout/netcfg"
+	"wayout/router/config"
 	"wayout/router/escaper"
 	"wayout/selection"
 )
@@ -107,7 +108,9 @@ func (r *Router) answerOn(l netcfg.Link, prefixes []netip.Prefix, except []netip
 		was.prefixes, was.except = prefixes, except
 		return nil
 	}
-	responder, err := bpf.NewResponder(bpf.ResponderOptions{Interface: l.Index, MAC: l.MAC[:], Prefixes: prefixes, Except: except})
+	responder, err := bpf.NewResponder(bpf.ResponderOptions{
+		Interface: l.Index, MAC: l.MAC[:], Prefixes: prefixes, Except: except, Ingress: r.kernel.net, Name: answersName(r.o.Config),
+	})
 	if err != nil {
 		return err
 	}
@@ -117,6 +120,14 @@ func (r *Router) answerOn(l netcfg.Link, prefixes []netip.Prefix, except []netip
 	r.kernel.answering[l.Index] = &answering{responder, prefixes, except}
 	r.log.Info("neighbour solicitations are answered", "interface", l.Name, "prefixes", len(prefixes))
 	return nil
+}
+
+// answersName is what the programs that answer are called on the interfaces.
+func answersName(c *config.Config) string { return instance(c) + "-neighbours" }
+
+// cleanAnswers removes those that a killed daemon may have left.
+func cleanAnswers(c *config.Config, k *netcfg.Netlink) error {
+	return bpf.CleanIngress(k, answersName(c))
 }
 
 // stopAnswering ends all answers.

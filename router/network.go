@@ -72,7 +72,10 @@ func CleanNetwork(c *config.Config) (_ Changes, err error) {
 		if err := cleanPins(c); err != nil {
 			return errors.Join(err, claim.Close())
 		}
-		return errors.Join(apply(), claim.Close())
+		if err := apply(); err != nil {
+			return errors.Join(err, claim.Close())
+		}
+		return errors.Join(cleanDiverter(c, k), cleanAnswers(c, k), claim.Close())
 	})
 	if err != nil {
 		return Changes{}, err
@@ -84,5 +87,5 @@ func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	if err != nil {
 		return changes, err
 	}
-	return changes, errors.Join(cleanDiverter(c), bpf.Clean(dir))
+	return changes, bpf.Clean(dir)
 }

@@ -259,6 +259,7 @@ func (r *Router) sweep() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.sweepPins()
+	r.restoreDiverts()
 	r.refreshPins(r.plan, nil)
 	r.kernel.inherited = slices.DeleteFunc(r.kernel.inherited, func(number uint32) bool {
 		if r.inKernel(number) {

@@ -187,8 +187,8 @@ func examineWith(k *netcfg.Netlink, c *config.Config) ([]finding, error) {
 		unit,
 		examineSysctls(s), examineReversePath(s, c), examineIPv6(procSys, c),
 		examineRules(snapshot, router.NetLayout(c)), examineNAT(nat),
-		examinePrefixes(snapshot, s, bpf.ProbeResponder(), c),
-		examineDiverts(snapshot, router.NetLayout(c), bpf.ProbeDivert(), c),
+		examinePrefixes(snapshot, s, bpf.ProbeResponder(netcfg.TryIngress), c),
+		examineDiverts(snapshot, router.NetLayout(c), bpf.ProbeDivert(), bpf.ProbeFragments(netcfg.TryIngress), c),
 	} {
 		all = append(all, part...)
 	}

@@ -11,7 +11,7 @@ import (
 
 // examineDiverts says whether the host can take traffic for others, and for
 // whole prefixes, where the configuration asks for that.
-func examineDiverts(s *netcfg.Snapshot, l netcfg.Layout, can bpf.Feature, c *config.Config) []finding {
+func examineDiverts(s *netcfg.Snapshot, l netcfg.Layout, lookup, fragments bpf.Feature, c *config.Config) []finding {
 	var all []finding
 	needed := false
 	var interfaces []string
@@ -22,12 +22,10 @@ func examineDiverts(s *netcfg.Snapshot, l netcfg.Layout, can bpf.Feature, c *con
 	if !needed {
 		return nil
 	}
-	f := finding{Name: can.Name, Level: levelOK}
-	if can.Err != nil {
-		f.Level, f.Found, f.Remedy = levelBlocker, can.Err.Error(), can.Remedy
-		f.Means = "needed for " + can.Need
+	all = append(all, neededFeature(lookup))
+	if len(interfaces) > 0 { // a prefix in listen wants no program on an interface
+		all = append(all, neededFeature(fragments))
 	}
-	all = append(all, f)
 	slices.Sort(interfaces)
 	for _, name := range slices.Compact(interfaces) {
 		f := finding{Name: "traffic from " + name, Level: levelOK}
@@ -45,4 +43,13 @@ func examineDiverts(s *netcfg.Snapshot, l netcfg.Layout, can bpf.Feature, c *con
 		all = append(all, f)
 	}
 	return all
+}
+
+func neededFeature(can bpf.Feature) finding {
+	f := finding{Name: can.Name, Level: levelOK}
+	if can.Err != nil {
+		f.Level, f.Found, f.Remedy = levelBlocker, can.Err.Error(), can.Remedy
+		f.Means = "needed for " + can.Need
+	}
+	return f
 }

@@ -31,17 +31,24 @@ func TestDivertFindings(t *testing.T) {
 		return s
 	}
 	lan := config.Server{Type: "tproxy", Interface: []string{"lan0", "br9"}}
+	old := errors.New("too old")
 	told := func(f finding) string { return f.Level + " " + f.Found }
-	if all := examineDiverts(read(), layout, bpf.Feature{}, &config.Config{Servers: []config.Server{{Type: "http_proxy"}}}); len(all) != 0 {
+	if all := examineDiverts(read(), layout, bpf.Feature{}, bpf.Feature{}, &config.Config{Servers: []config.Server{{Type: "http_proxy"}}}); len(all) != 0 {
 		t.Errorf("nothing is diverted: %v", all)
 	}
 	nets := config.Server{Type: "http_proxy", ListenNets: []config.ListenNet{{Prefix: netip.MustParsePrefix("10.0.0.0/8"), First: 1, Last: 1}}}
-	if all := examineDiverts(read(), layout, bpf.Feature{Err: errors.New("too old")}, &config.Config{Servers: []config.Server{nets}}); len(all) != 1 || told(all[0]) != levelBlocker+" too old" {
+	if all := examineDiverts(read(), layout, bpf.Feature{Err: old}, bpf.Feature{}, &config.Config{Servers: []config.Server{nets}}); len(all) != 1 || told(all[0]) != levelBlocker+" too old" {
 		t.Errorf("a prefix on an old kernel: %v", all)
 	}
+	if all := examineDiverts(read(), layout, bpf.Feature{}, bpf.Feature{Err: old}, &config.Config{Servers: []config.Server{nets}}); len(all) != 1 || told(all[0]) != levelOK+" " {
+		t.Errorf("a prefix on a kernel that cannot drop fragments: %v", all)
+	}
 	c := &config.Config{Servers: []config.Server{lan, lan}}
-	all := examineDiverts(read(), layout, bpf.Feature{}, c)
-	if len(all) != 3 || told(all[0]) != levelOK+" " || told(all[1]) != levelNote+" no such interface" || told(all[2]) != levelOK+" " {
+	if all := examineDiverts(read(), layout, bpf.Feature{}, bpf.Feature{Err: old}, c); told(all[0]) != levelOK+" " || told(all[1]) != levelBlocker+" too old" {
+		t.Errorf("a kernel that cannot drop fragments: %v", all)
+	}
+	all := examineDiverts(read(), layout, bpf.Feature{}, bpf.Feature{}, c)
+	if len(all) != 4 || told(all[0]) != levelOK+" " || told(all[1]) != levelOK+" " || told(all[2]) != levelNote+" no such interface" || told(all[3]) != levelOK+" " {
 		t.Errorf("as it should be, but for one interface: %v", all)
 	}
 	r := netlink.NewRule()
@@ -49,7 +56,7 @@ func TestDivertFindings(t *testing.T) {
 	if err := ns.Netlink().RuleAdd(r); err != nil {
 		t.Fatal(err)
 	}
-	if all := examineDiverts(read(), layout, bpf.Feature{}, c); all[2].Level != levelWarning || !strings.Contains(all[2].Found, "100: from all iif lan0 lookup 500") {
-		t.Errorf("a rule ahead: %v", all[2])
+	if all := examineDiverts(read(), layout, bpf.Feature{}, bpf.Feature{}, c); all[3].Level != levelWarning || !strings.Contains(all[3].Found, "100: from all iif lan0 lookup 500") {
+		t.Errorf("a rule ahead: %v", all[3])
 	}
 }

@@ -124,11 +124,11 @@ func kernelFeatures(release string, btf []byte) []kernelFeature {
 		}, probeDestroy),
 		known(kernelFeature{
 			name: "handing connections to a socket (sk_lookup)", since: "5.9", level: levelNote,
-			means: "diverted traffic cannot be served (tproxy)",
+			means: "diverted traffic cannot be served (tproxy), nor a prefix in listen",
 		}, "BPF_PROG_TYPE_SK_LOOKUP"),
 		known(kernelFeature{
 			name: "programs on an interface beside others (tcx)", since: "6.6", level: levelNote,
-			means: "neighbour solicitations for whole prefixes cannot be answered on a shared link",
+			means: "the programs of tproxy servers and whole IPv6 prefixes go on an interface by clsact, where others may take them off or come first",
 		}, "BPF_TCX_INGRESS"),
 	}
 }

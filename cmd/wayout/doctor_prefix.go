@@ -52,7 +52,7 @@ func examinePrefix(s *netcfg.Snapshot, sys netcfg.Sysctls, responder bpf.Feature
 	case answered && responder.Err != nil:
 		f.Level, f.Found = levelWarning, responder.Err.Error()
 		f.Means = "nobody answers for its addresses on " + on
-		f.Remedy = "have the upstream route the prefix to this host, or use Linux 6.6 or newer"
+		f.Remedy = responder.Remedy
 	case answered:
 		f.Found = fmt.Sprintf("on the link of %s: wayout answers neighbour solicitations for all of it", on)
 	case p.Addr().Is6() && shared:

@@ -56,7 +56,7 @@ func TestPrefixFindings(t *testing.T) {
 				Uplinks:  []config.Uplink{{Name: "isp1", Interface: "eth0"}},
 				Escapers: []config.Escaper{{Name: "out", Neighbour: c.neighbour, Nodes: []config.Node{n}}},
 			}
-			all := examinePrefixes(onLink, netcfg.Sysctls{ARPIgnore: map[string]int{"eth0": c.ignore}}, bpf.Feature{Err: c.responder}, conf)
+			all := examinePrefixes(onLink, netcfg.Sysctls{ARPIgnore: map[string]int{"eth0": c.ignore}}, bpf.Feature{Err: c.responder, Remedy: "have the upstream route the prefix"}, conf)
 			if len(all) != 1 || all[0].Level != c.level || !strings.Contains(all[0].Found+" "+all[0].Remedy, c.says) {
 				t.Errorf("%+v", all)
 			}

@@ -128,7 +128,8 @@ func (k *kernelScene) state() netState {
 	return s
 }
 
-// ask1 is one question to the ip program. Lifetimes, which run, are left out.
+// ask1 is one question to the ip program. Lifetimes, which run, are left out, and that
+// older kernels (5.15) know of an interface's state a while later.
 func (k *kernelScene) ask1(question string) string {
 	k.t.Helper()
 	out := k.ip(strings.Fields(question)...)
@@ -136,7 +137,7 @@ func (k *kernelScene) ask1(question string) string {
 		return out
 	}
 	lines := slices.DeleteFunc(strings.SplitAfter(out, "\n"), func(l string) bool { return strings.Contains(l, "valid_lft") })
-	return strings.Join(lines, "")
+	return strings.ReplaceAll(strings.Join(lines, ""), " state UNKNOWN ", " state UP ")
 }
 
 // difference is the lines that one state has and the other has not, with the

@@ -48,7 +48,7 @@ func NewNS(name string) (*NS, error) {
 	if m.err != nil {
 		return nil, fmt.Errorf("make namespace %s: %w", name, m.err)
 	}
-	nl, err := netlink.NewHandleAt(m.fd)
+	nl, err := netlink.NewHandleAt(m.fd, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("netlink in namespace %s: %w", name, err), m.fd.Close())
 	}
@@ -126,9 +126,14 @@ func (n *NS) Dial(addr netip.AddrPort) (*net.TCPConn, error) {
 
 // Veth joins two namespaces by a pair of interfaces and brings both up.
 func Veth(a *NS, aName string, b *NS, bName string) error {
+	// With the queues' length that the kernel prefers: it gives that to an interface
+	// without one when clsact comes to it.
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = aName
 	pair := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: aName},
+		LinkAttrs:     attrs,
 		PeerName:      bName,
+		PeerTxQLen:    -1,
 		PeerNamespace: netlink.NsFd(b.fd),
 	}
 	if err := a.nl.LinkAdd(pair); err != nil {

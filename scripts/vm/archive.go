@@ -8,9 +8,9 @@ import (
 	"os"
 )
 
-// file is one that the archive holds, in its top directory.
+// file is one that the archive holds.
 type file struct {
-	name string
+	name string // its path, which does not begin with a slash
 	from string // where its content is
 }
 
@@ -23,12 +23,27 @@ func writeArchive(to string, files []file) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	w := bufio.NewWriter(f)
-	for i, one := range files {
+	inode := 0
+	add := func(name string, mode uint32, content []byte) error {
+		inode++
+		return entry(w, inode, name, mode, content)
+	}
+	made := map[string]bool{}
+	for _, one := range files {
 		content, err := os.ReadFile(one.from)
 		if err != nil {
 			return err
 		}
-		if err := entry(w, i+1, one.name, 0o100755, content); err != nil {
+		for _, dir := range above(one.name) {
+			if made[dir] {
+				continue
+			}
+			made[dir] = true
+			if err := add(dir, 0o040755, nil); err != nil {
+				return err
+			}
+		}
+		if err := add(one.name, 0o100755, content); err != nil {
 			return err
 		}
 	}
@@ -36,6 +51,17 @@ func writeArchive(to string, files []file) (err error) {
 		return err
 	}
 	return w.Flush()
+}
+
+// above lists the directories of a path, from the top.
+func above(name string) []string {
+	var all []string
+	for i, c := range name {
+		if c == '/' {
+			all = append(all, name[:i])
+		}
+	}
+	return all
 }
 
 // entry writes one file: a header of 13 numbers in 8 hexadecimal digits each, the

@@ -11,10 +11,15 @@ import (
 // TestArchive reads an archive back by the form's own rules.
 func TestArchive(t *testing.T) {
 	dir := t.TempDir()
-	want := map[string]string{"init": "12345", "a.ko": "", "four": "1234"}
+	const directory = "\x00"
+	want := map[string]string{"init": "12345", "m": directory, "m/n": directory, "m/n/a.ko": "", "m/four": "1234"}
+	order := []string{"init", "m", "m/n", "m/n/a.ko", "m/four"}
 	var files []file
-	for _, name := range []string{"init", "a.ko", "four"} {
-		from := filepath.Join(dir, name)
+	for _, name := range order {
+		if want[name] == directory {
+			continue
+		}
+		from := filepath.Join(dir, filepath.Base(name))
 		if err := os.WriteFile(from, []byte(want[name]), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -33,12 +38,12 @@ func TestArchive(t *testing.T) {
 		var content []byte
 		name, content, rest = readEntry(t, rest)
 		if name == "TRAILER!!!" {
-			if i != len(files) || len(rest) != 0 {
+			if i != len(order) || len(rest) != 0 {
 				t.Fatalf("ends after %d files with %d bytes left", i, len(rest))
 			}
 			return
 		}
-		if i == len(files) || name != files[i].name || string(content) != want[name] {
+		if i == len(order) || name != order[i] || string(content) != want[name] {
 			t.Fatalf("file %d is %q with %q", i, name, content)
 		}
 	}
@@ -62,8 +67,11 @@ func readEntry(t *testing.T, b []byte) (name string, content, rest []byte) {
 	at := up(size + nameLength)
 	full := b[size : size+nameLength]
 	name, content = string(bytes.TrimSuffix(full, []byte{0})), b[at:at+length]
-	if len(name) != nameLength-1 || name != "TRAILER!!!" && field(1) != 0o100755 {
-		t.Fatalf("name %q, mode %o", full, field(1))
+	switch mode := field(1); {
+	case mode == 0o040755 && length == 0:
+		content = []byte{0} // told apart from a file without content
+	case len(name) != nameLength-1, name != "TRAILER!!!" && mode != 0o100755:
+		t.Fatalf("name %q, mode %o", full, mode)
 	}
 	return name, content, b[at+up(length):]
 }

@@ -4,7 +4,8 @@
 // is emulated in software, has no disk and no network, and needs no rights: all
 // of its user space is one program (init), started from memory.
 //
-// With -test the tests of package bpf run in it as well.
+// With -test some tests of a package run in it as well, on interfaces and namespaces
+// of its own; those that ask the program ip find it there.
 package main
 
 import (
@@ -29,18 +30,27 @@ import (
 
 // options are what the command line says.
 type options struct {
-	kernel  string
+	root    string
 	modules string
-	test    string
+	tests   []string
 	timeout time.Duration
 	verbose bool
 }
 
+// Modules that are loaded where they are no part of the kernel itself.
+const usualModules = "veth,sch_ingress,cls_bpf,tcp_diag,udp_diag"
+
 func main() {
 	var o options
-	flag.StringVar(&o.kernel, "kernel", "", "the kernel's image (vmlinuz)")
-	flag.StringVar(&o.modules, "modules", "", "modules (.ko) to load before all else, in this order, with commas between them")
-	flag.StringVar(&o.test, "test", "", "run the tests of package bpf that match; those with interfaces want the module veth")
+	flag.StringVar(&o.root, "root", "", "the `directory` that the kernel's packages were unpacked into")
+	flag.StringVar(&o.modules, "modules", usualModules, "names of `modules` to load, with commas between them")
+	flag.Func("test", "`package=regexp`: run the tests of a package that match (bpf, netcfg, cmd/wayout); may be repeated", func(s string) error {
+		if _, _, ok := strings.Cut(s, "="); !ok {
+			return errors.New("want package=regexp")
+		}
+		o.tests = append(o.tests, s)
+		return nil
+	})
 	flag.DurationVar(&o.timeout, "timeout", 5*time.Minute, "how long the machine may run")
 	flag.BoolVar(&o.verbose, "v", false, "print the kernel's messages too")
 	flag.Parse()
@@ -53,45 +63,62 @@ func main() {
 }
 
 func run(ctx context.Context, o options, out io.Writer) (err error) {
-	if o.kernel == "" {
-		return errors.New("-kernel is missing; make vm fetches one")
+	if o.root == "" {
+		return errors.New("-root is missing; make vm fetches a kernel")
+	}
+	kernel, err := openTree(o.root)
+	if err != nil {
+		return err
 	}
 	dir, err := os.MkdirTemp("", "wayout-vm-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	image, args, err := userSpace(ctx, dir, o)
+	image, args, err := userSpace(ctx, dir, kernel, o)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
-	return boot(ctx, o, image, args, out)
+	return boot(ctx, o, kernel.image, image, args, out)
 }
 
 // userSpace makes the archive that the kernel starts from, and says what to tell
 // init.
-func userSpace(ctx context.Context, dir string, o options) (image string, args []string, err error) {
-	files := []file{{name: "init", from: filepath.Join(dir, "init")}}
-	if err := build(ctx, "build", "-o", files[0].from, "wayout/scripts/vm/init"); err != nil {
+func userSpace(ctx context.Context, dir string, kernel *tree, o options) (image string, args []string, err error) {
+	files := []file{
+		{name: "init", from: filepath.Join(dir, "init")},
+		{name: "bin/wayout", from: filepath.Join(dir, "wayout")},
+	}
+	for i, pkg := range []string{"wayout/scripts/vm/init", "wayout/cmd/wayout"} {
+		if err := build(ctx, "build", "-o", files[i].from, pkg); err != nil {
+			return "", nil, err
+		}
+	}
+	modules, err := kernel.load(ctx, dir, strings.Split(o.modules, ","))
+	if err != nil {
 		return "", nil, err
 	}
-	for module := range strings.SplitSeq(o.modules, ",") {
-		if module == "" {
-			continue
-		}
-		name := filepath.Base(module)
-		files = append(files, file{name: name, from: module})
-		args = append(args, "-module=/"+name)
+	for _, m := range modules {
+		args = append(args, "-module=/"+m.name)
 	}
-	if o.test != "" {
-		tests := file{name: "bpf.test", from: filepath.Join(dir, "bpf.test")}
-		if err := build(ctx, "test", "-c", "-o", tests.from, "wayout/bpf"); err != nil {
+	files = append(files, modules...)
+	for i, one := range o.tests {
+		pkg, pattern, _ := strings.Cut(one, "=")
+		tests := file{name: fmt.Sprintf("tests/%d", i), from: filepath.Join(dir, fmt.Sprintf("tests-%d", i))}
+		if err := build(ctx, "test", "-c", "-o", tests.from, "wayout/"+pkg); err != nil {
 			return "", nil, err
 		}
 		files = append(files, tests)
-		args = append(args, "-test="+o.test)
+		args = append(args, "-test=/"+tests.name+"="+pattern)
+	}
+	if len(o.tests) > 0 {
+		ip, err := program("ip")
+		if err != nil {
+			return "", nil, err
+		}
+		files = append(files, ip...)
 	}
 	image = filepath.Join(dir, "initramfs")
 	return image, args, writeArchive(image, files)
@@ -108,12 +135,13 @@ func build(ctx context.Context, args ...string) error {
 }
 
 // boot runs the machine until it powers itself off, and prints what init says.
-func boot(ctx context.Context, o options, image string, args []string, out io.Writer) error {
+func boot(ctx context.Context, o options, kernel, image string, args []string, out io.Writer) error {
 	const qemu = "qemu-system-x86_64"
 	cmd := exec.CommandContext(ctx, qemu,
-		"-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1024",
+		// With cmpxchg16b qemu 7.2 breaks the allocator of newer kernels now and then.
+		"-accel", "tcg", "-cpu", "max,-cx16", "-smp", "2", "-m", "2048",
 		"-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio",
-		"-kernel", o.kernel, "-initrd", image,
+		"-kernel", kernel, "-initrd", image,
 		// What follows the dashes is for init. With panic=-1 a panic ends the machine.
 		"-append", strings.Join(append([]string{"console=ttyS0", "panic=-1", "--"}, args...), " "))
 	var complaints bytes.Buffer

@@ -44,12 +44,15 @@ func tell(format string, args ...any) {
 }
 
 func run() error {
-	var modules []string
-	flag.Func("module", "a module to load", func(s string) error {
-		modules = append(modules, s)
-		return nil
-	})
-	test := flag.String("test", "", "tests of package bpf to run")
+	var modules, tests []string
+	list := func(to *[]string) func(string) error {
+		return func(s string) error {
+			*to = append(*to, s)
+			return nil
+		}
+	}
+	flag.Func("module", "a module to load", list(&modules))
+	flag.Func("test", "a test binary, =, and which of its tests to run", list(&tests))
 	flag.Parse()
 	if err := furnish(modules); err != nil {
 		return err
@@ -59,11 +62,16 @@ func run() error {
 		return err
 	}
 	tell("Linux %s", release)
-	err = tryAll(release)
-	if *test != "" {
-		err = errors.Join(err, runTests(*test))
+	// Below 5.11 it bounds eBPF; what else such a kernel lacks is to be seen.
+	if err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}); err != nil {
+		return fmt.Errorf("lift the bound of locked memory: %w", err)
 	}
-	return err
+	errs := []error{tryAll(release), runDoctor()}
+	for _, test := range tests {
+		binary, pattern, _ := strings.Cut(test, "=")
+		errs = append(errs, runTests(binary, pattern))
+	}
+	return errors.Join(errs...)
 }
 
 // furnish makes of the bare file system what a Linux host looks like.
@@ -83,6 +91,14 @@ func furnish(modules []string) error {
 		}
 		if err := unix.Mount(m.fs, m.at, m.fs, 0, ""); err != nil {
 			return fmt.Errorf("mount %s at %s: %w", m.fs, m.at, err)
+		}
+	}
+	for name, content := range map[string]string{
+		"/etc/resolv.conf": "nameserver 127.0.0.1\n",
+		"/etc/hosts":       "127.0.0.1 localhost\n::1 localhost\n",
+	} {
+		if err := errors.Join(os.MkdirAll("/etc", 0o755), os.WriteFile(name, []byte(content), 0o600)); err != nil {
+			return err
 		}
 	}
 	for _, name := range modules {
@@ -106,13 +122,36 @@ func loadModule(name string) error {
 	return unix.FinitModule(int(f.Fd()), "", 0)
 }
 
-// runTests runs the test binary, whose lines are told as they come.
-func runTests(pattern string) error {
-	cmd := exec.Command("/bpf.test", "-test.v", "-test.run="+pattern)
-	cmd.Env = []string{"WAYOUT_TEST_LIVE=1", "HOME=/tmp", "PATH=/"}
+// runDoctor tells what the program itself says of the kernel: all that is not well,
+// of the host among it.
+func runDoctor() error {
+	const config = `server: [{name: lan, type: tproxy, interface: eth0, divert: tcp/443, escaper: out}]
+escaper: [{name: out, type: direct_fixed, nodes: [{id: a, ipv4: 192.0.2.1}]}]
+`
+	if err := os.WriteFile("/tmp/wayout.yaml", []byte(config), 0o600); err != nil {
+		return err
+	}
+	cmd := exec.Command("/bin/wayout", "doctor", "--config", "/tmp/wayout.yaml")
+	text, err := cmd.CombinedOutput()
+	for line := range strings.Lines(string(text)) {
+		if !strings.HasPrefix(line, "ok ") {
+			tell("doctor: %s", line)
+		}
+	}
+	if x := (*exec.ExitError)(nil); errors.As(err, &x) && x.ExitCode() == 1 {
+		return nil // there is a blocker, which it has told
+	}
+	return err
+}
+
+// runTests runs a test binary, whose lines are told as they come.
+func runTests(binary, pattern string) error {
+	cmd := exec.Command(binary, "-test.v", "-test.run="+pattern)
+	cmd.Dir = "/tmp"
+	cmd.Env = []string{"WAYOUT_TEST_LIVE=1", "WAYOUT_TEST_BINARY=/bin/wayout", "HOME=/tmp", "PATH=/bin"}
 	cmd.Stdout, cmd.Stderr = lines{}, lines{}
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("tests of package bpf: %w", err)
+		return fmt.Errorf("tests %s: %w", pattern, err)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"wayout/bpf"
+	"wayout/netcfg"
 )
 
 // version is what a kernel's release begins with.
@@ -18,7 +19,6 @@ type version struct{ major, minor int }
 
 // Floors of the documentation.
 func all() version { return version{5, 15} }
-func tcx() version { return version{6, 6} }
 
 func (v version) before(o version) bool {
 	return v.major < o.major || v.major == o.major && v.minor < o.minor
@@ -43,47 +43,49 @@ func (r release) version() (v version, err error) {
 }
 
 // tryAll tries each object and wants of each what is documented: that it works
-// from its floor on, and that below it the error says so.
+// from the floor on.
 func tryAll(r release) error {
 	v, err := r.version()
 	if err != nil {
 		return err
 	}
 	var errs []error
-	responder, diverter := bpf.ProbeResponder(), bpf.ProbeDivert()
-	for _, f := range append(bpf.Probe(), responder, diverter) {
+	more := []bpf.Feature{bpf.ProbeResponder(netcfg.TryIngress), bpf.ProbeDivert(), bpf.ProbeFragments(netcfg.TryIngress)}
+	for _, f := range append(bpf.Probe(), more...) {
 		if f.OK {
 			tell("probe: %s (%s): yes", f.Name, f.Since)
 		} else {
 			tell("probe: %s (%s): no: %s", f.Name, f.Since, explain(f.Err))
 		}
 	}
-	for _, f := range []bpf.Feature{responder, diverter} {
-		if f.OK == v.before(tcx()) {
+	for _, f := range more {
+		if !f.OK && !v.before(all()) {
 			errs = append(errs, fmt.Errorf("the probe for %q is wrong", f.Name))
 		}
 	}
+	in, err := netcfg.Open(netcfg.Options{})
+	if err != nil {
+		return err
+	}
+	defer in.Close()
 	for _, one := range []struct {
-		name  string
-		floor version
-		old   error // what it is below its floor
-		try   func() error
+		name string
+		try  func() error
 	}{
-		{"counters and guard", all(), nil, tryGuard},
-		{"pins", all(), nil, tryPin},
-		{"responder", tcx(), bpf.ErrNoTCX, tryResponder},
-		{"diverter", tcx(), bpf.ErrNoTCX, tryDiverter},
+		{"counters and guard", tryGuard},
+		{"pins", tryPin},
+		{"responder", func() error { return tryResponder(in) }},
+		{"diverter", func() error { return tryDiverter(in) }},
 	} {
 		err := one.try()
-		old := v.before(one.floor)
 		switch {
 		case err == nil:
 			tell("%s: works", one.name)
-		case old && one.old != nil && errors.Is(err, one.old):
-			tell("%s: refused, as it should be below %d.%d: %v", one.name, one.floor.major, one.floor.minor, err)
+		case v.before(all()):
+			tell("%s: fails, which nobody has promised otherwise below %d.%d: %s", one.name, all().major, all().minor, explain(err))
 		default:
 			tell("%s: fails: %s", one.name, explain(err))
-			errs = append(errs, fmt.Errorf("%s: from %d.%d on they are promised", one.name, one.floor.major, one.floor.minor))
+			errs = append(errs, fmt.Errorf("%s: promised from %d.%d on", one.name, all().major, all().minor))
 		}
 	}
 	return errors.Join(errs...)
@@ -198,10 +200,11 @@ func tryPin() (err error) {
 // loopback is the one interface that is always there, and its index.
 const loopback = 1
 
-func tryResponder() error {
+func tryResponder(in bpf.Ingress) error {
 	r, err := bpf.NewResponder(bpf.ResponderOptions{
 		Interface: loopback, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1},
 		Prefixes: []netip.Prefix{netip.MustParsePrefix("2001:db8:1::/64")},
+		Ingress:  in, Name: "wayout-vm-neighbours",
 	})
 	if err != nil {
 		return err
@@ -209,13 +212,13 @@ func tryResponder() error {
 	return r.Close()
 }
 
-func tryDiverter() (err error) {
+func tryDiverter(in bpf.Ingress) (err error) {
 	const dir = "/sys/fs/bpf/wayout-vm-divert"
-	d, err := bpf.NewDiverter(dir)
+	d, err := bpf.NewDiverter(dir, in)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.Close(), bpf.CleanDivert(dir)) }()
+	defer func() { err = errors.Join(err, d.Close(), bpf.CleanDivert(dir, in)) }()
 	return d.Set(bpf.Diversion{
 		Entries: []bpf.DivertEntry{{Interface: loopback, Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}},
 		Sockets: []bpf.DivertSockets{{}},

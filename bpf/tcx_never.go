@@ -1,0 +1,5 @@
+//go:build clsact
+
+package bpf
+
+const withTCX = false

@@ -1,0 +1,225 @@
+package netcfg
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Where the kernel has no links of programs to interfaces (tcx, Linux 6.6) a program
+// goes on what comes in by one as a filter of the queueing discipline clsact (4.5). A
+// filter has a name, which says whose it is; it lasts until it, the discipline or the
+// interface is removed.
+
+// ErrNoClsact says that the kernel was built without clsact, or without filters that
+// are eBPF programs.
+var ErrNoClsact = errors.New("no clsact with eBPF filters in this kernel")
+
+// Filters with a name that begins with ourFilters are wayout's, this daemon's or
+// another's. A discipline has no name: the end madeClsact of a filter's says that
+// wayout has made it, so that the last such filter takes it along.
+const (
+	ourFilters = "wayout-"
+	madeClsact = " made clsact"
+)
+
+// SetIngress puts a program, given by its descriptor, on what comes in by an
+// interface: in the place of the filter of that name by one atomic step, else as a
+// new one, before those of others that are eBPF programs as well. A filter of another
+// kind that has the first priority stays before it. The name begins with "wayout-".
+// The error wraps unix.ENODEV where there is no such interface, and ErrNoClsact.
+func (k *Netlink) SetIngress(index int, name string, prog int) error {
+	if !strings.HasPrefix(name, ourFilters) {
+		return fmt.Errorf("program on interface %d: name %q", index, name)
+	}
+	if err := setIngress(k.tc, index, name, prog); err != nil {
+		return fmt.Errorf("attach a program to interface %d: %w", index, err)
+	}
+	return nil
+}
+
+func setIngress(h *netlink.Handle, index int, name string, prog int) error {
+	err := noClsact(h.QdiscAdd(clsact(index)))
+	made := err == nil
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	all, err := filters(h, index, netlink.HANDLE_MIN_INGRESS)
+	if err != nil {
+		return err
+	}
+	if f := filterOf(all, name); f != nil {
+		f.Fd = prog
+		return h.FilterReplace(f)
+	}
+	f := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{
+			LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Protocol: unix.ETH_P_ALL, Priority: freePriority(all),
+		},
+		Fd: prog, Name: name, DirectAction: true,
+	}
+	if made || slices.ContainsFunc(all, tellsMade) {
+		f.Name += madeClsact
+	}
+	err = noClsact(h.FilterAdd(f))
+	if err != nil && made {
+		err = errors.Join(err, h.QdiscDel(clsact(index)))
+	}
+	return err
+}
+
+// UnsetIngress takes off what SetIngress has put on, and the discipline if it is
+// wayout's and has nothing left. What is not there is no error.
+func (k *Netlink) UnsetIngress(index int, name string) error {
+	if err := unsetIngress(k.tc, index, name); err != nil {
+		return fmt.Errorf("detach a program from interface %d: %w", index, err)
+	}
+	return nil
+}
+
+func unsetIngress(h *netlink.Handle, index int, name string) error {
+	all, err := filters(h, index, netlink.HANDLE_MIN_INGRESS)
+	if err != nil {
+		return err
+	}
+	f := filterOf(all, name)
+	if f == nil {
+		return nil
+	}
+	f.Fd = -1
+	if err := h.FilterDel(f); err != nil && !isGone(err) {
+		return err
+	}
+	if !tellsMade(f) {
+		return nil
+	}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		if left, err := filters(h, index, parent); err != nil || len(left) > 0 {
+			return err
+		}
+	}
+	if err := h.QdiscDel(clsact(index)); err != nil && !isGone(err) {
+		return err
+	}
+	return nil
+}
+
+// Ingresses lists the interfaces that have a program by that name.
+func (k *Netlink) Ingresses(name string) ([]int, error) {
+	qdiscs, err := whole(func() ([]netlink.Qdisc, error) { return k.tc.QdiscList(nil) })
+	if err != nil {
+		return nil, fmt.Errorf("list queueing disciplines: %w", err)
+	}
+	var found []int
+	for _, q := range qdiscs {
+		if t := q.Type(); t != "clsact" && t != "ingress" {
+			continue
+		}
+		index := q.Attrs().LinkIndex
+		all, err := filters(k.tc, index, netlink.HANDLE_MIN_INGRESS)
+		if err != nil {
+			return nil, fmt.Errorf("list the programs on interface %d: %w", index, err)
+		}
+		if filterOf(all, name) != nil {
+			found = append(found, index)
+		}
+	}
+	return found, nil
+}
+
+// TryIngress tries whether a program can be put on what comes in by an interface: on
+// one of a network namespace that is made for it. Without the right to make one
+// (CAP_SYS_ADMIN) nothing is tried, and there is no error.
+func TryIngress(prog int) error {
+	tried := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread and its namespace end here
+		tried <- tryIngress(prog)
+	}()
+	return <-tried
+}
+
+func tryIngress(prog int) error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		if errors.Is(err, unix.EPERM) {
+			return nil
+		}
+		return fmt.Errorf("make a network namespace: %w", err)
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open a netlink socket: %w", err)
+	}
+	defer h.Close()
+	const loopback = 1
+	return setIngress(h, loopback, ourFilters+"trial", prog)
+}
+
+func clsact(index int) netlink.Qdisc {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	}}
+}
+
+// filters lists those of an interface. The discipline ingress, which others may have
+// put in the place of clsact, takes the same parent for them.
+func filters(h *netlink.Handle, index int, parent uint32) ([]netlink.Filter, error) {
+	link := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
+	all, err := whole(func() ([]netlink.Filter, error) { return h.FilterList(link, parent) })
+	if isGone(err) || errors.Is(err, unix.EINVAL) { // neither discipline, nor filters
+		return nil, nil
+	}
+	return all, err
+}
+
+// whole takes a list again that was interrupted by a change.
+func whole[T any](list func() ([]T, error)) (all []T, err error) {
+	for range dumpTries {
+		if all, err = list(); !errors.Is(err, nl.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
+// filterOf finds the filter of a name; nil when there is none.
+func filterOf(all []netlink.Filter, name string) *netlink.BpfFilter {
+	for _, f := range all {
+		if b, ok := f.(*netlink.BpfFilter); ok && strings.TrimSuffix(b.Name, madeClsact) == name {
+			return b
+		}
+	}
+	return nil
+}
+
+func tellsMade(f netlink.Filter) bool {
+	b, ok := f.(*netlink.BpfFilter)
+	return ok && strings.HasPrefix(b.Name, ourFilters) && strings.HasSuffix(b.Name, madeClsact)
+}
+
+// freePriority is the first one that can hold an eBPF program for every protocol: all
+// filters of a priority are of one kind and protocol, and a new one comes first.
+func freePriority(all []netlink.Filter) uint16 {
+	for p := uint16(1); ; p++ {
+		if !slices.ContainsFunc(all, func(f netlink.Filter) bool {
+			a := f.Attrs()
+			return a.Priority == p && (a.Chain == nil || *a.Chain == 0) && (f.Type() != "bpf" || a.Protocol != unix.ETH_P_ALL)
+		}) {
+			return p
+		}
+	}
+}
+
+// noClsact tells the one error that is the kernel's: a kind it does not know.
+func noClsact(err error) error {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w: %w", ErrNoClsact, err)
+	}
+	return err
+}
