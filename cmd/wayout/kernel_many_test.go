@@ -47,6 +47,7 @@ type crowd struct {
 	config string
 	n      int
 	daemon *lab.Daemon
+	divert bool // its tunnels are connections that are diverted
 }
 
 func newCrowd(t testing.TB, n int, more string) *crowd {
@@ -280,9 +281,14 @@ func (c *crowd) round(l load) (took, cpu time.Duration) {
 	return took, c.cpu() - before
 }
 
-// tunnel opens a tunnel by a path, sends, and waits for its end.
+// tunnel opens a tunnel by a path, or has one diverted, sends, and waits for its
+// end.
 func (c *crowd) tunnel(path int, bytes int64) error {
-	conn, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(proxyAt(3128)))
+	to := proxyAt(3128)
+	if c.divert {
+		to = netip.MustParseAddrPort(target4)
+	}
+	conn, err := net.DialTCP("tcp", nil, net.TCPAddrFromAddrPort(to))
 	if err != nil {
 		return err
 	}
@@ -290,14 +296,16 @@ func (c *crowd) tunnel(path int, bytes int64) error {
 	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		return err
 	}
-	fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\nX-Egress-Path: %d\r\n\r\n", target4, path)
 	r := bufio.NewReaderSize(conn, 512)
-	resp, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("path %d: %s", path, resp.Status)
+	if !c.divert {
+		fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: x\r\nX-Egress-Path: %d\r\n\r\n", target4, path)
+		resp, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
+		if err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("path %d: %s", path, resp.Status)
+		}
 	}
 	if bytes == 0 {
 		return nil

@@ -3,6 +3,7 @@ package escaper
 import (
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"wayout/router/escaper/hop"
 )
@@ -56,6 +57,15 @@ func (c *Conn) Park() {
 	if !c.link.park() && c.link.strike() {
 		_ = c.link.close() // nobody is left to tell
 	}
+}
+
+// Armed is where holders note the deadlines that they have set on TCP, to read
+// and to write: Park leaves both to the next one. nil: there will be none.
+func (c *Conn) Armed() *[2]time.Time {
+	if c.link.kept == nil {
+		return nil
+	}
+	return &c.link.armed
 }
 
 // OnKill sets what ends the connection when its path's address has gone; it

@@ -1,13 +1,12 @@
 package escaper
 
 import (
-	"errors"
 	"net/netip"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
+	"unsafe"
 
 	"wayout/router/escaper/hop"
 	"wayout/selection"
@@ -81,7 +80,7 @@ type idlePos struct {
 // park puts the connection into the idle set. It reports false, and does
 // nothing, when the connection cannot be kept.
 func (l *link) park() bool {
-	if l.idlers == nil {
+	if l.kept == nil {
 		return false
 	}
 	var evicted hop.Stream
@@ -140,7 +139,7 @@ func (l *link) parkLocked(now time.Time) {
 
 // unparkLocked takes the connection out of the idle set, if it is there.
 func (l *link) unparkLocked() {
-	if !l.pos.in {
+	if l.kept == nil || !l.pos.in {
 		return
 	}
 	set, p := &l.idle, &l.pos
@@ -221,6 +220,19 @@ func (g *ledger) take(key *idleKey) *link {
 	}
 }
 
+// nothingToRead reports whether a socket has neither bytes nor an end nor an
+// error. The call cannot wait, and so Go's scheduler is not told of it, which
+// would cost as much as the call.
+func nothingToRead(fd uintptr) bool {
+	var b [1]byte
+	for {
+		_, _, err := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b)), uintptr(len(b)), syscall.MSG_PEEK|syscall.MSG_DONTWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return err == syscall.EAGAIN
+		}
+	}
+}
+
 // quiet reports whether the connection is open with nothing to read: an end,
 // an error and bytes that nobody asked for all make it useless.
 func (l *link) quiet() bool {
@@ -230,14 +242,7 @@ func (l *link) quiet() bool {
 			return false
 		}
 		l.raw = raw
-		l.peek = func(fd uintptr) {
-			fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
-			n, err := unix.Poll(fds[:], 0)
-			for errors.Is(err, unix.EINTR) { // a signal that is pending, without any wait
-				n, err = unix.Poll(fds[:], 0)
-			}
-			l.alive = err == nil && n == 0
-		}
+		l.peek = func(fd uintptr) { l.alive = nothingToRead(fd) }
 	}
 	l.alive = false
 	return l.raw.Control(l.peek) == nil && l.alive

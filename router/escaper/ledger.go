@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -41,17 +42,24 @@ type link struct {
 	source netip.AddrPort
 	second netip.Addr // the other source of an association with both families; or the zero Addr
 	remote netip.AddrPort
-	key    idleKey
 	pool   *selection.Pool // which counts it for least_conn
 	node   int
-	idlers *Idle // nil: never parked
+	*kept  // nil: it is never parked
 
 	// What follows is guarded by the ledger's mu.
 	next, prev *link
 	off        bool // off the books
 	kill       func(error)
 	killed     error
-	pos        idlePos
+}
+
+// kept is what a link has beside that may be parked. Most have not: a tunnel's
+// connection serves once.
+type kept struct {
+	idlers *Idle
+	key    idleKey
+	armed  [2]time.Time // see Conn.Armed
+	pos    idlePos      // guarded by the ledger's mu
 
 	// Of the liveness check, kept so that it allocates once a connection.
 	raw   syscall.RawConn

@@ -463,9 +463,9 @@ func (c *choice) dial(ctx context.Context, r *Request, list []netip.AddrPort) (*
 		l.pool.Closed(l.node)
 		return nil, err
 	}
-	if src := c.sources(r); r.Reuse && src.fresh&selection.FamilyOf(l.remote.Addr()) == 0 {
-		l.idlers = c.d.idlers
-		l.key = keyOf(r, src.of(selection.FamilyOf(l.remote.Addr())))
+	f := selection.FamilyOf(l.remote.Addr())
+	if src := c.sources(r); r.Reuse && src.fresh&f == 0 && c.d.idlers != nil {
+		l.kept = &kept{idlers: c.d.idlers, key: keyOf(r, src.of(f))}
 	}
 	if err := l.admit(c.p); err != nil {
 		return nil, err

@@ -165,9 +165,8 @@ func (c *choice) openPeer(ctx context.Context, r *Request) (*Conn, error) {
 		return nil, peerError(c.p, err)
 	}
 	l.tcp = stream
-	if by, ok := c.kept(r); ok && r.Reuse && handed == "" {
-		l.idlers = c.d.idlers
-		l.key = keyOf(r, by)
+	if by, ok := c.kept(r); ok && r.Reuse && handed == "" && c.d.idlers != nil {
+		l.kept = &kept{idlers: c.d.idlers, key: keyOf(r, by)}
 	}
 	if err := l.admit(c.p); err != nil {
 		return nil, err

@@ -107,7 +107,9 @@ func (c *conn) own() bool {
 		c.task, c.fd, c.tunnel = nil, -1, nil
 		return false
 	}
-	c.tcp, c.in.tcp, c.out.tcp = tcp, tcp, tcp
+	c.tcp = tcp
+	c.in.use(tcp, c.raw)
+	c.out.use(tcp, c.raw)
 	c.task, c.fd, c.tunnel = nil, -1, nil
 	c.wake = c.readable
 	// Tracked twice for a moment rather than not at all.

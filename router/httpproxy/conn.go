@@ -62,8 +62,10 @@ func (s *Server) newConn(tcp *net.TCPConn, pre []byte) (*conn, error) {
 	if c.local, err = addrPort(tcp.LocalAddr()); err != nil {
 		return nil, err
 	}
-	c.in.tcp, c.in.pool, c.in.dead = tcp, &s.buffers, &c.dead
-	c.out.tcp, c.out.limit, c.out.dead = tcp, s.o.Timeouts.Write, &c.dead
+	c.in.use(tcp, raw)
+	c.out.use(tcp, raw)
+	c.in.pool, c.in.dead = &s.buffers, &c.dead
+	c.out.limit, c.out.dead = s.o.Timeouts.Write, &c.dead
 	c.wake = c.readable
 	if len(pre) > 0 {
 		c.in.take(s.buffers.get(len(pre)))
@@ -150,19 +152,16 @@ func (c *conn) await() bool {
 // buffer taken.
 func (c *conn) readable(fd uintptr) bool {
 	c.in.take(c.s.buffers.get(smallBuffer))
-	for {
-		n, err := syscall.Read(int(fd), c.in.buf)
-		if errors.Is(err, syscall.EINTR) {
-			continue
-		}
-		if errors.Is(err, syscall.EAGAIN) {
-			c.in.drop()
-			return false
-		}
-		c.readErr = err
-		c.in.w = max(n, 0)
-		return true
+	n, err := moveBytes(syscall.SYS_READ, fd, c.in.buf)
+	if err == syscall.EAGAIN {
+		c.in.drop()
+		return false
 	}
+	if c.readErr = nil; err != 0 {
+		c.readErr = err
+	}
+	c.in.w = n
+	return true
 }
 
 // EndIdle ends the connection if it waits for a request.

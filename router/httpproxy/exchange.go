@@ -87,7 +87,9 @@ func (x *exchange) free() {
 	x.body.in, x.resBody.in = nil, nil
 	x.body.payload, x.resBody.payload = 0, 0
 	x.body.done = false
-	x.up.tcp, x.upw.tcp, x.upw.out = nil, nil, nil
+	x.up.use(nil, nil)
+	x.upw.use(nil, nil)
+	x.upw.out = nil
 	x.up.dead, x.upw.dead = nil, nil
 	x.rec = escaper.Record{}
 	x.upload = upload{}

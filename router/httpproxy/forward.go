@@ -150,10 +150,15 @@ func (x *exchange) attach(conn *escaper.Conn) {
 	x.conn = conn
 	x.rec.Source, x.rec.Reused = conn.Source, conn.Reused
 	x.up.drop()
-	x.up.tcp, x.upw.tcp = conn.TCP, conn.TCP
+	raw := rawOf(conn.TCP)
+	x.up.use(conn.TCP, raw)
+	x.upw.use(conn.TCP, raw)
 	x.up.stopped.Store(false)
 	x.upw.stopped.Store(false)
 	x.up.deadline, x.upw.deadline = deadline{}, deadline{}
+	if was := conn.Armed(); was != nil {
+		x.up.deadline.at, x.upw.deadline.at = was[0], was[1]
+	}
 	if n := len(conn.Early); n > 0 {
 		x.up.take(x.s.buffers.get(n))
 		x.up.w = copy(x.up.buf, conn.Early)

@@ -446,6 +446,28 @@ func TestStaleConnection(t *testing.T) {
 	}
 }
 
+// What bounded one request is no bound of the next on the same connection, also
+// when it has passed meanwhile.
+func TestKeptConnectionOutlivesItsDeadlines(t *testing.T) {
+	t.Parallel()
+	const limit = time.Second
+	at := origin(t, whoami)
+	r := newRig(t, func(o *httpproxy.Options) {
+		o.Timeouts.Response, o.Timeouts.Write, o.Timeouts.Stall = limit, limit, limit
+	})
+	w := r.dial()
+	for n := range 2 {
+		w.send("GET http://" + at + "/x HTTP/1.1\r\nHost: x\r\n\r\n")
+		if res, body := w.response("GET"); body != "127.0.0.1 /x" {
+			t.Fatalf("%s %q", res.Status, body)
+		}
+		if rec := r.record(n); rec.Reused != (n == 1) || rec.Err != nil {
+			t.Errorf("request %d: %+v", n, rec)
+		}
+		time.Sleep(limit + limit/8) // the time has to pass
+	}
+}
+
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	at := script(t, func(_ int, w *wire) {

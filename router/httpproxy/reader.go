@@ -20,7 +20,8 @@ type stream interface {
 // A reader is the receiving half of a connection with what was read ahead.
 // One goroutine uses it at a time; stop may be called by any.
 type reader struct {
-	tcp      stream
+	tcp      stream // set by use
+	socket   socket
 	pool     *buffers
 	buf      []byte // its capacity is the buffer; nil while nothing is held
 	r, w     int    // buf[r:w] is unread
@@ -29,6 +30,9 @@ type reader struct {
 	dead     *atomic.Bool // the client connection's: stopped for good
 	full     bool         // the last read filled all the room there was
 }
+
+// use makes it the reader of a connection.
+func (r *reader) use(tcp stream, raw syscall.RawConn) { r.tcp, r.socket.raw = tcp, raw }
 
 // unread returns what was read ahead. It is good until the next fill.
 func (r *reader) unread() []byte { return r.buf[r.r:r.w] }
@@ -59,7 +63,7 @@ func (r *reader) fill(limit time.Duration) error {
 	if r.halted() {
 		return relay.ErrStopped
 	}
-	n, err := r.tcp.Read(r.buf[r.w:])
+	n, err := r.socket.read(r.buf[r.w:])
 	if r.halted() {
 		return relay.ErrStopped
 	}

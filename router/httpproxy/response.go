@@ -139,7 +139,7 @@ func (x *exchange) complete(persistent, more, unwanted bool) outcome {
 			sent = dstErr == nil && x.body.done
 		}
 	}
-	if persistent && sent && x.up.buffered() == 0 && x.unarm() == nil {
+	if persistent && sent && x.up.buffered() == 0 && x.leaveArmed() == nil {
 		x.conn.Park()
 	} else {
 		_ = x.conn.Close()
@@ -157,12 +157,20 @@ func (x *exchange) complete(persistent, more, unwanted bool) outcome {
 	return linger
 }
 
-// unarm takes our deadlines off a connection before it is given back.
-func (x *exchange) unarm() error {
-	if x.up.deadline.at.IsZero() && x.upw.deadline.at.IsZero() {
+// leaveArmed notes our deadlines on a connection before it is given back: the
+// next request is likely to want the same, and setting them is dear. One that
+// was set to end a wait is taken off.
+func (x *exchange) leaveArmed() error {
+	to := x.conn.Armed()
+	switch {
+	case to == nil:
 		return nil
+	case x.up.halted() || x.upw.halted():
+		*to = [2]time.Time{}
+		return x.conn.TCP.SetDeadline(time.Time{})
 	}
-	return x.conn.TCP.SetDeadline(time.Time{})
+	*to = [2]time.Time{x.up.deadline.at, x.upw.deadline.at}
+	return nil
 }
 
 // lost ends an exchange whose response broke off. The client learns it by a

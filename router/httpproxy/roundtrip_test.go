@@ -84,7 +84,8 @@ func FuzzForward(f *testing.F) {
 		}
 		x.upgrades = x.head.upgrading()
 		x.buildRequest()
-		x.upw.tcp, x.upw.limit = near, time.Second
+		x.upw.use(near, rawOf(near))
+		x.upw.limit = time.Second
 		x.upw.out = x.reqHead
 		if err := x.body.pass(&x.upw, x.early, x.body.frame); err != nil {
 			t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"wayout/router/relay"
@@ -14,7 +15,8 @@ import (
 // A writer is the sending half of a connection, with what is to be sent before
 // anything else.
 type writer struct {
-	tcp      stream
+	tcp      stream // set by use
+	socket   socket
 	out      []byte // to be sent first; its buffer is lent by whoever uses the writer
 	limit    time.Duration
 	deadline deadline
@@ -26,6 +28,9 @@ type writer struct {
 	tail     [8]byte
 	split    io.LimitedReader
 }
+
+// use makes it the writer of a connection.
+func (w *writer) use(tcp stream, raw syscall.RawConn) { w.tcp, w.socket.raw = tcp, raw }
 
 func (w *writer) arm(limit time.Duration) error {
 	if err := w.deadline.after(limit, w.tcp.SetWriteDeadline); err != nil {
@@ -44,12 +49,12 @@ func (w *writer) write(b []byte) error {
 		if err := w.arm(w.limit); err != nil {
 			return err
 		}
-		n, err := w.tcp.Write(b)
-		w.sent += int64(n)
-		b = b[n:]
-		if err != nil && !w.goesOn(int64(n), err) {
+		n, err := w.socket.write(b)
+		if err != nil {
 			return err
 		}
+		w.sent += int64(n)
+		b = b[n:]
 	}
 	return nil
 }

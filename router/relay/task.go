@@ -20,10 +20,8 @@ import (
 // It must not block in any other way than Wait. For anything that may, it first
 // calls Leave and goes on in a goroutine of its own.
 type Task struct {
-	w     *worker
-	in    *routine
-	serve func(*Task, Accepted)
-	conn  Accepted
+	w  *worker
+	in *routine // nil: it is over
 
 	// What the routine asks for when it yields.
 	fd     int
@@ -33,7 +31,6 @@ type Task struct {
 	err    error
 	away   bool     // in a goroutine of its own
 	known  [2]int32 // descriptors that the worker's epoll has, -1: none
-	pause  Tunnel   // stands for the wait in the slots and in the wheel
 	waits  bool     // under the worker's lock, as is what follows
 	killed error
 }
@@ -47,12 +44,16 @@ const (
 	stepLeave
 )
 
-// routine runs tasks, one after the other.
+// routine runs tasks, one after the other. It holds what a task needs only until
+// it is over, which is long before whoever can kill it lets go of it.
 type routine struct {
 	next  func() (step, bool)
 	stop  func()
 	yield func(step) bool
 	task  *Task
+	serve func(*Task, Accepted)
+	conn  Accepted
+	pause Tunnel // stands for the task's wait in the slots and in the wheel
 }
 
 func newRoutine() *routine {
@@ -60,8 +61,8 @@ func newRoutine() *routine {
 	r.next, r.stop = iter.Pull(func(yield func(step) bool) {
 		r.yield = yield
 		for {
-			r.task.serve(r.task, r.task.conn)
-			r.task = nil
+			r.serve(r.task, r.conn)
+			r.task, r.serve = nil, nil
 			if !yield(stepEnd) {
 				return
 			}
@@ -75,8 +76,7 @@ const maxRoutines = 64
 
 // begin runs serve as a task.
 func (w *worker) begin(serve func(*Task, Accepted), c Accepted) {
-	k := &Task{w: w, serve: serve, conn: c, known: [2]int32{-1, -1}}
-	k.pause.task, k.pause.slotted = k, -1
+	k := &Task{w: w, known: [2]int32{-1, -1}}
 	w.mu.Lock()
 	if n := len(w.routines); n > 0 {
 		k.in, w.routines = w.routines[n-1], w.routines[:n-1]
@@ -85,7 +85,8 @@ func (w *worker) begin(serve func(*Task, Accepted), c Accepted) {
 	if k.in == nil {
 		k.in = newRoutine()
 	}
-	k.in.task = k
+	k.in.task, k.in.serve, k.in.conn = k, serve, c
+	k.in.pause = Tunnel{task: k, slotted: -1}
 	w.e.tasks.Add(1)
 	k.step()
 }
@@ -96,7 +97,9 @@ func (k *Task) step() {
 		s, _ := k.in.next()
 		switch s {
 		case stepEnd:
-			k.w.recycle(k.in)
+			r := k.in
+			k.in, r.pause.task = nil, nil
+			k.w.recycle(r)
 			k.w.e.tasks.Done()
 			return
 		case stepLeave:
@@ -178,7 +181,7 @@ func (w *worker) watch(k *Task) error {
 	case k.killed != nil:
 		return k.killed
 	}
-	t := &k.pause
+	t := &k.in.pause
 	t.slot = w.occupy(slot{t: t})
 	t.gen = w.slots[t.slot].gen
 	if err := k.arm(); err != nil {
@@ -207,7 +210,7 @@ func (k *Task) arm() error {
 		}
 		k.known[free] = int32(k.fd)
 	}
-	ev := unix.EpollEvent{Events: k.events | unix.EPOLLONESHOT, Fd: int32(k.pause.slot << 1), Pad: int32(k.pause.gen)}
+	ev := unix.EpollEvent{Events: k.events | unix.EPOLLONESHOT, Fd: int32(k.in.pause.slot << 1), Pad: int32(k.in.pause.gen)}
 	return unix.EpollCtl(k.w.ep, op, k.fd, &ev)
 }
 
@@ -228,8 +231,8 @@ func (k *Task) forget(fd int) {
 // resume ends a task's wait; the worker goes on with it. It needs the lock.
 func (w *worker) resume(k *Task, got uint32, err error) {
 	k.waits, k.got, k.err = false, got, err
-	w.wheel.drop(&k.pause)
-	w.vacate(k.pause.slot)
+	w.wheel.drop(&k.in.pause)
+	w.vacate(k.in.pause.slot)
 	w.steps = append(w.steps, k)
 }
 

@@ -156,10 +156,15 @@ func (b *bench) choose() error {
 		wanted = slices.DeleteFunc(wanted, func(s string) bool { return s == p.name })
 		run := &proxy{peer: p, Note: p.note}
 		var err error
-		switch p.name {
-		case "direct":
-		case "wayout":
+		switch p.program {
+		case "":
+		case ourProgram:
 			run.path = b.o.wayout
+			_, err = os.Stat(run.path)
+		case otherProgram:
+			if run.path = b.o.other; run.path == "" && len(b.o.peers) == 0 {
+				continue
+			}
 			_, err = os.Stat(run.path)
 		default:
 			run.path, err = find(p.program)
@@ -221,7 +226,7 @@ func (b *bench) startOrigin() error {
 func (b *bench) close() error {
 	var errs []error
 	for _, p := range b.proxies {
-		errs = append(errs, p.stop())
+		errs = append(errs, b.stop(p))
 	}
 	if b.origin != nil {
 		errs = append(errs, b.origin.Process.Kill())
@@ -284,7 +289,7 @@ func (b *bench) measure(ctx context.Context, p *proxy, m mode, via string, besid
 		s.Failed = err.Error()
 		return s, nil
 	}
-	defer func() { err = errors.Join(err, p.stop()) }()
+	defer func() { err = errors.Join(err, b.stop(p)) }()
 	var done func() error
 	if beside != nil {
 		if done, err = beside(p.group); err != nil {

@@ -99,6 +99,61 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// Diverted connections leave by the daemon's addresses, its CPU is counted, and
+// the host forwards again when it has ended.
+func TestDiverted(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	o.modes, o.peers = []string{"connect", "http", "down-1", "pingpong"}, []string{"wayout-tproxy", "direct"}
+	var tables bytes.Buffer
+	if err := run(t.Context(), o, &tables); err != nil {
+		t.Fatalf("%v\n%s", err, &tables)
+	}
+	text, err := os.ReadFile(o.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got output
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Samples) != 14 {
+		t.Errorf("%d samples of 2 peers, 4 modes of which one has no diverted peer, and 2 rounds", len(got.Samples))
+	}
+	for _, s := range got.Samples {
+		if s.Failed != "" || s.Errors > 0 || s.Ops+s.Bytes == 0 || s.Checked == 0 || s.Wrong > 0 {
+			t.Errorf("%+v", s)
+		}
+		if cpu := s.CPU > 0; cpu != (s.Peer == "wayout-tproxy") {
+			t.Errorf("CPU of %s is %v", s.Peer, s.CPU)
+		}
+	}
+}
+
+// Another build stands beside the usual one, and its rate is told as a ratio.
+func TestOtherBuild(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	o.other, o.modes, o.peers, o.rounds = o.wayout, []string{"connect"}, []string{"wayout", "wayout-other"}, 1
+	var tables bytes.Buffer
+	if err := run(t.Context(), o, &tables); err != nil {
+		t.Fatalf("%v\n%s", err, &tables)
+	}
+	text, err := os.ReadFile(o.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got output
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range got.Summary {
+		if r.ToBase.N != 1 || r.Faster.N != 1 || (r.Peer == "wayout") != (r.ToBase.Median == 1) || (r.Peer == "wayout") != (r.Faster.Median == 1) {
+			t.Errorf("%+v", r)
+		}
+	}
+}
+
 func TestHeldTunnels(t *testing.T) {
 	lab.Require(t)
 	o := tiny(t)
@@ -227,6 +282,7 @@ func TestVia(t *testing.T) {
 		"connect": {
 			"direct": viaDirect, "wayout": viaConnect, "squid": viaConnect, "tinyproxy": viaConnect,
 			"dante": viaSOCKS, "microsocks": viaSOCKS, "haproxy-tcp": viaRelay, "nginx-stream": viaRelay,
+			"wayout-tproxy": viaDivert, "wayout-other": viaConnect,
 		},
 		"socks5": {
 			"direct": viaDirect, "wayout": viaSOCKS, "dante": viaSOCKS, "microsocks": viaSOCKS,
@@ -234,7 +290,15 @@ func TestVia(t *testing.T) {
 		},
 		"http": {
 			"direct": viaDirect, "wayout": viaHTTP, "squid": viaHTTP, "tinyproxy": viaHTTP,
-			"haproxy-http": viaHTTP, "haproxy-tcp": viaRelay, "nginx-stream": viaRelay,
+			"haproxy-http": viaHTTP, "haproxy-tcp": viaRelay, "nginx-stream": viaRelay, "wayout-other": viaHTTP,
+		},
+		"idle": {
+			"wayout": viaConnect, "squid": viaConnect, "tinyproxy": viaConnect, "dante": viaSOCKS, "microsocks": viaSOCKS,
+			"haproxy-tcp": viaRelay, "nginx-stream": viaRelay, "wayout-tproxy": viaDivert, "wayout-other": viaConnect,
+		},
+		"ports": {
+			"wayout": viaConnect, "squid": viaConnect, "tinyproxy": viaConnect, "dante": viaSOCKS, "microsocks": viaSOCKS,
+			"wayout-other": viaConnect,
 		},
 	}
 	for _, m := range modes(1, 100) {
@@ -256,10 +320,10 @@ func TestVia(t *testing.T) {
 func TestTemplates(t *testing.T) {
 	v := &vars{
 		Dir: "/d", Listen: "192.0.2.1", Port: 1, SOCKSPort: 2, Source: "192.0.2.2", Sources: []string{"192.0.2.2", "192.0.2.3"},
-		Origin: "192.0.2.4:80", Files: 100, Conns: 40, CPUs: 2,
+		Origin: "192.0.2.4:80", OriginPort: 80, Inner: "in0", Files: 100, Conns: 40, CPUs: 2,
 	}
 	for _, p := range allPeers() {
-		for _, text := range append([]string{p.config}, p.args...) {
+		for _, text := range slices.Concat([]string{p.config}, p.args, p.after) {
 			if filled, err := v.fill(text); err != nil || strings.Contains(filled, "<no value>") {
 				t.Errorf("%s: %v in %q", p.name, err, text)
 			}

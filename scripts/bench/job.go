@@ -5,7 +5,7 @@ import "time"
 // A job is what the load generator, a process of its own, is told to do.
 type job struct {
 	Kind    string        // tunnel, http, down, up, ping, hold
-	Via     string        // how the origin is reached: connect, socks5, http, relay, direct
+	Via     string        // how the origin is reached: connect, socks5, http, relay, direct, divert
 	Proxy   string        // address and port
 	Targets []string      // of the origin, in turn
 	Local   []string      // client addresses, in turn

@@ -149,7 +149,7 @@ func (l *loader) dial(w *way, addr string) (*net.TCPConn, error) {
 func (l *loader) tunnel(buf []byte) (*net.TCPConn, way, error) {
 	w := l.way()
 	addr := l.Proxy
-	if l.Via == viaDirect {
+	if l.Via == viaDirect || l.Via == viaDivert {
 		addr = w.target
 	}
 	c, err := l.dial(&w, addr)

@@ -6,6 +6,7 @@
 //	go run ./scripts/bench -rounds 5 -modes connect,http -peers wayout,squid,direct
 //	go run ./scripts/bench -modes connect -peers wayout,nginx-stream -syscalls
 //	go run ./scripts/bench -modes connect -peers wayout -flame docs
+//	go run ./scripts/bench -modes connect -peers wayout,wayout-other -other /tmp/wayout
 //
 // It needs root. The CPU that it tells is the proxy's own, of all its processes
 // in user and kernel mode, for one unit of work. It ends the processes that it
@@ -30,6 +31,7 @@ import (
 // options are the flags.
 type options struct {
 	wayout       string
+	other        string // "": none
 	rounds       int
 	peers, modes []string // empty: all
 	base         string   // that ratios are to
@@ -49,6 +51,7 @@ func main() {
 	o := options{log: os.Stderr}
 	var peers, modes string
 	flag.StringVar(&o.wayout, "wayout", "bin/wayout", "the program")
+	flag.StringVar(&o.other, "other", "", "another build of the program, measured as the peer wayout-other")
 	flag.IntVar(&o.rounds, "rounds", 3, "number of rounds; all peers are measured in each")
 	flag.StringVar(&peers, "peers", "", "peers, with commas between them; default all that are installed")
 	flag.StringVar(&modes, "modes", "", "modes, with commas between them; default all")
@@ -90,6 +93,11 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	}
 	if o.wayout, err = filepath.Abs(o.wayout); err != nil {
 		return err
+	}
+	if o.other != "" {
+		if o.other, err = filepath.Abs(o.other); err != nil {
+			return err
+		}
 	}
 	b, err := newBench(o)
 	if err != nil {

@@ -13,6 +13,7 @@ const (
 	viaHTTP    = "http"   // absolute-form GET
 	viaRelay   = "relay"  // a port that leads to the origin, whatever is asked
 	viaDirect  = "direct" // no proxy
+	viaDivert  = "divert" // no proxy that the client knows of: the host takes the connection
 )
 
 // A peer is a proxy and how it is made comparable: one source address that it
@@ -31,21 +32,25 @@ type peer struct {
 	forward bool     // it takes absolute-form requests
 	both    bool     // it makes tunnels by SOCKS5 too, on socksPort
 	header  string   // of each request: %s is the source to leave by
+	sources bool     // it leaves by all of them, as header or its own policy says
+	after   []string // templates: arguments with which its program takes back what it leaves when it ends
 	note    string
 }
 
 // vars is what the templates see.
 type vars struct {
-	Dir       string // its own directory
-	Listen    string // address to listen on
-	Port      int
-	SOCKSPort int      // of those that have one for SOCKS5 alone
-	Source    string   // to leave by
-	Sources   []string // when each request names its own
-	Origin    string   // address and port, for relays
-	Files     int      // limit of open files
-	Conns     int      // connections that have to be possible
-	CPUs      int
+	Dir        string // its own directory
+	Listen     string // address to listen on
+	Port       int
+	SOCKSPort  int      // of those that have one for SOCKS5 alone
+	Source     string   // to leave by
+	Sources    []string // when each request names its own
+	Origin     string   // address and port, for relays
+	Inner      string   // interface on the clients' side
+	OriginPort int
+	Files      int // limit of open files
+	Conns      int // connections that have to be possible
+	CPUs       int
 }
 
 func (v *vars) fill(text string) (string, error) {
@@ -60,6 +65,17 @@ func (v *vars) fill(text string) (string, error) {
 	return b.String(), nil
 }
 
+func (v *vars) fillAll(texts []string) ([]string, error) {
+	all := make([]string, len(texts))
+	for i, t := range texts {
+		var err error
+		if all[i], err = v.fill(t); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // via gives how a job reaches the origin through the peer, "" when it cannot.
 func (p *peer) via(m *mode) string {
 	switch {
@@ -67,7 +83,9 @@ func (p *peer) via(m *mode) string {
 		return ""
 	case p.tunnel == viaRelay && m.name == "ports": // it has one destination
 		return ""
-	case p.tunnel == viaDirect || p.tunnel == viaRelay:
+	case p.tunnel == viaDivert && (m.socks || m.job.Kind == "http" || m.name == "ports"): // nobody asks it anything
+		return ""
+	case p.tunnel == viaDirect || p.tunnel == viaRelay || p.tunnel == viaDivert:
 		return p.tunnel
 	case m.socks && (p.both || p.tunnel == viaSOCKS):
 		return viaSOCKS
@@ -86,9 +104,21 @@ func allPeers() []*peer {
 	return []*peer{
 		{name: "direct", tunnel: viaDirect, note: "no proxy: the host forwards packets"},
 		{
-			name: "wayout", program: "wayout", version: []string{"version"}, tunnel: viaConnect, forward: true, both: true,
-			args: []string{"serve", "--config", "{{.Dir}}/wayout.yaml"}, file: "wayout.yaml", config: wayoutConfig,
-			header: "X-Egress-Path: %s", note: "each request names one of 16 sources, by SOCKS5 the policy does; counters and guard are on",
+			name: "wayout", program: ourProgram, version: []string{"version"}, tunnel: viaConnect, forward: true, both: true,
+			args: serveArgs(), file: "wayout.yaml", config: wayoutBase + wayoutSOCKS + wayoutWeb,
+			header: "X-Egress-Path: %s", sources: true,
+			note: "each request names one of 16 sources, by SOCKS5 the policy does; counters and guard are on",
+		},
+		{
+			name: "wayout-tproxy", program: ourProgram, version: []string{"version"}, tunnel: viaDivert,
+			args: serveArgs(), file: "wayout.yaml", config: wayoutBase + wayoutDivert, sources: true,
+			after: []string{"clean", "--config", "{{.Dir}}/wayout.yaml"},
+			note:  "connections that the host would forward are diverted; the policy takes one of 16 sources",
+		},
+		{
+			name: "wayout-other", program: otherProgram, version: []string{"version"}, tunnel: viaConnect, forward: true,
+			args: serveArgs(), file: "wayout.yaml", config: wayoutBase + wayoutWeb, header: "X-Egress-Path: %s", sources: true,
+			note: "another build of wayout, see -other",
 		},
 		{
 			name: "squid", program: "squid", version: []string{"-v"}, tunnel: viaConnect, forward: true,
@@ -128,7 +158,15 @@ func allPeers() []*peer {
 	}
 }
 
-const wayoutConfig = `control: {socket: "{{.Dir}}/control.sock"}
+// Programs that are named by a flag.
+const (
+	ourProgram   = "-wayout"
+	otherProgram = "-other"
+)
+
+func serveArgs() []string { return []string{"serve", "--config", "{{.Dir}}/wayout.yaml"} }
+
+const wayoutBase = `control: {socket: "{{.Dir}}/control.sock"}
 log: {level: warn}
 escaper:
   - name: out
@@ -136,8 +174,15 @@ escaper:
     enable_path_selection: true
     bind_ip: [{{range $i, $a := .Sources}}{{if $i}}, {{end}}"{{$a}}"{{end}}]
 server:
-  - {name: socks, type: socks_proxy, listen: "{{.Listen}}:{{.SOCKSPort}}", open: true, escaper: out}
-  - {name: web, type: http_proxy, listen: "{{.Listen}}:{{.Port}}", open: true, escaper: out, path_selection_header: X-Egress-Path}
+`
+
+const wayoutSOCKS = `  - {name: socks, type: socks_proxy, listen: "{{.Listen}}:{{.SOCKSPort}}", open: true, escaper: out}
+`
+
+const wayoutWeb = `  - {name: web, type: http_proxy, listen: "{{.Listen}}:{{.Port}}", open: true, escaper: out, path_selection_header: X-Egress-Path}
+`
+
+const wayoutDivert = `  - {name: lan, type: tproxy, interface: {{.Inner}}, divert: ["tcp/{{.OriginPort}}"], escaper: out}
 `
 
 const squidConfig = `http_port {{.Listen}}:{{.Port}}

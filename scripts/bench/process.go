@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -11,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,11 +57,12 @@ const (
 func (b *bench) vars(p *proxy) *vars {
 	v := &vars{
 		Dir: filepath.Join(b.dir, p.name), Listen: hostInner, Port: listenPort, SOCKSPort: socksPort, Origin: target(0),
+		Inner: innerLink, OriginPort: originPort,
 		// Two descriptors for a connection, and some proxies count on pipes.
 		Files: b.files, Conns: b.files * 3 / 8, CPUs: b.out.CPUs,
 	}
 	v.Sources = egressAddrs()
-	if p.header == "" {
+	if !p.sources {
 		// One of its own: ports that another's closed connections hold (for a
 		// minute, TIME_WAIT) make the kernel search for free ones.
 		at := slices.Index(b.proxies, p) % len(v.Sources)
@@ -79,11 +84,9 @@ func (b *bench) start(ctx context.Context, p *proxy) (err error) {
 	if err := p.configure(v); err != nil {
 		return err
 	}
-	args := make([]string, len(p.args))
-	for i, a := range p.args {
-		if args[i], err = v.fill(a); err != nil {
-			return err
-		}
+	args, err := v.fillAll(p.args)
+	if err != nil {
+		return err
 	}
 	out, err := os.Create(filepath.Join(v.Dir, "output.log"))
 	if err != nil {
@@ -113,7 +116,7 @@ func (b *bench) start(ctx context.Context, p *proxy) (err error) {
 	}(p.ended)
 	if err := b.awaitListening(ctx, p); err != nil {
 		text, _ := os.ReadFile(out.Name()) // the most that can be said
-		return errors.Join(fmt.Errorf("%s: %w\n%s", p.name, err, text), p.stop())
+		return errors.Join(fmt.Errorf("%s: %w\n%s", p.name, err, text), b.stop(p))
 	}
 	return nil
 }
@@ -146,11 +149,10 @@ func (p *proxy) configure(v *vars) error {
 func (b *bench) awaitListening(ctx context.Context, p *proxy) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	at := netip.AddrPortFrom(netip.MustParseAddr(hostInner), listenPort)
 	for {
-		c, err := b.world.client.Dial(at)
+		err := b.listens(p)
 		if err == nil {
-			return c.Close()
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -162,8 +164,39 @@ func (b *bench) awaitListening(ctx context.Context, p *proxy) error {
 	}
 }
 
+// listens tries whether a proxy serves.
+func (b *bench) listens(p *proxy) error {
+	if p.tunnel != viaDivert {
+		c, err := b.world.client.Dial(netip.AddrPortFrom(netip.MustParseAddr(hostInner), listenPort))
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	}
+	// The origin is reached before as well: it says by whom.
+	c, err := b.world.client.DialFrom(netip.MustParseAddr(clientAddrs()[0]), netip.MustParseAddrPort(target(0)))
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, "echo\n"); err != nil {
+		return err
+	}
+	saw, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	if saw = strings.TrimSpace(saw); !slices.Contains(egressAddrs(), saw) {
+		return fmt.Errorf("the origin is reached from %s", saw)
+	}
+	return nil
+}
+
 // stop ends what start started and nothing else.
-func (p *proxy) stop() error {
+func (b *bench) stop(p *proxy) error {
 	if p.cmd == nil {
 		return nil
 	}
@@ -180,5 +213,25 @@ func (p *proxy) stop() error {
 	}
 	<-p.ended
 	p.cmd = nil
-	return err
+	return errors.Join(err, b.after(p))
+}
+
+// after takes back what a proxy has left on the host.
+func (b *bench) after(p *proxy) error {
+	if len(p.after) == 0 {
+		return nil
+	}
+	args, err := b.vars(p).fillAll(p.after)
+	if err != nil {
+		return err
+	}
+	var said bytes.Buffer
+	cmd, err := b.world.host.Start(lab.Program{Path: p.path, Args: args, Stdout: &said, Stderr: &said})
+	if err != nil {
+		return err
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("%s: %v: %w: %s", p.name, args, err, &said)
+	}
+	return nil
 }

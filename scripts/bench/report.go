@@ -21,8 +21,9 @@ type summary struct {
 	Memory  spread `json:"kb_per_tunnel"`
 	Files   spread `json:"files_per_tunnel"`
 	Held    spread `json:"held"`
-	ToBase  spread `json:"to_base"`   // CPU, or memory, to the base peer's in the same round
-	Direct  spread `json:"to_direct"` // rate to that without a proxy
+	ToBase  spread `json:"to_base"`      // CPU, or memory, to the base peer's in the same round
+	Faster  spread `json:"rate_to_base"` // rate to the base peer's in the same round
+	Direct  spread `json:"to_direct"`    // rate to that without a proxy
 	Checked int64  `json:"checked_sources"`
 	Wrong   int64  `json:"wrong_sources"`
 	Errors  int64  `json:"errors"`
@@ -175,7 +176,7 @@ func (r *summary) key() float64 {
 
 func (b *bench) row(m *mode, peer string, find func(string, int) *sample) (summary, bool) {
 	r := summary{Mode: m.name, Peer: peer, Unit: m.unit}
-	var cpu, rate, p50, p99, memory, files, held, toBase, toDirect []float64
+	var cpu, rate, p50, p99, memory, files, held, toBase, faster, toDirect []float64
 	found := false
 	for round := 1; round <= b.o.rounds; round++ {
 		s := find(peer, round)
@@ -218,11 +219,16 @@ func (b *bench) row(m *mode, peer string, find func(string, int) *sample) (summa
 					toBase = append(toBase, v/w)
 				}
 			}
+			if v, ok := s.rate(); ok {
+				if w, ok := base.rate(); ok {
+					faster = append(faster, v/w)
+				}
+			}
 		}
 	}
 	r.CPU, r.Rate, r.P50, r.P99 = spreadOf(cpu), spreadOf(rate), spreadOf(p50), spreadOf(p99)
 	r.Memory, r.Files, r.Held = spreadOf(memory), spreadOf(files), spreadOf(held)
-	r.ToBase, r.Direct = spreadOf(toBase), spreadOf(toDirect)
+	r.ToBase, r.Faster, r.Direct = spreadOf(toBase), spreadOf(faster), spreadOf(toDirect)
 	return r, found
 }
 
@@ -237,7 +243,7 @@ func (b *bench) report(out io.Writer) error {
 		m := &b.modes[i]
 		fmt.Fprintf(out, "\n%s: %s\n\n", m.name, m.what)
 		w := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
-		head := []string{"peer", m.unit, "x " + b.o.base, "rate" + rateUnit(m), "x direct", "p50 us", "p99 us"}
+		head := []string{"peer", m.unit, "x " + b.o.base, "rate" + rateUnit(m), "x " + b.o.base, "x direct", "p50 us", "p99 us"}
 		if m.job.Kind == "hold" {
 			head = []string{"peer", "tunnels held", "KB/tunnel", "x " + b.o.base, "files/tunnel"}
 		}
@@ -248,7 +254,7 @@ func (b *bench) report(out io.Writer) error {
 			if r.Mode != m.name {
 				continue
 			}
-			cells := []string{r.Peer, r.CPU.ranged(), r.ToBase.ratio(), r.Rate.plain(), r.Direct.ratio(), r.P50.plain(), r.P99.plain()}
+			cells := []string{r.Peer, r.CPU.ranged(), r.ToBase.ratio(), r.Rate.plain(), r.Faster.ratio(), r.Direct.ratio(), r.P50.plain(), r.P99.plain()}
 			if m.job.Kind == "hold" {
 				cells = []string{r.Peer, r.Held.plain(), r.Memory.ranged(), r.ToBase.ratio(), r.Files.plain()}
 			}

@@ -18,6 +18,7 @@ import (
 type world struct{ client, host, origin *lab.NS }
 
 const (
+	innerLink   = "in0"
 	hostInner   = "10.0.0.1" // proxies listen here
 	hostPrimary = "198.51.100.2"
 	originAddr  = "198.51.100.1"
@@ -57,7 +58,7 @@ func newWorld() (_ *world, err error) {
 			return nil, err
 		}
 	}
-	if err := lab.Veth(w.client, "in0", w.host, "in0"); err != nil {
+	if err := lab.Veth(w.client, "in0", w.host, innerLink); err != nil {
 		return nil, err
 	}
 	if err := lab.Veth(w.host, "out0", w.origin, "out0"); err != nil {
@@ -69,7 +70,7 @@ func newWorld() (_ *world, err error) {
 		addrs []string
 	}{
 		{w.client, "in0", clientAddrs()},
-		{w.host, "in0", []string{hostInner}},
+		{w.host, innerLink, []string{hostInner}},
 		{w.host, "out0", append([]string{hostPrimary}, egressAddrs()...)},
 		{w.origin, "out0", []string{originAddr}},
 	} {
