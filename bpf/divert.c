@@ -19,6 +19,8 @@
 
 enum {
 	MAX_ENTRIES = 128,
+	/* Of one set of entries and the next, and 0. */
+	MAX_COUNTED = 2 * MAX_ENTRIES + 1,
 	MAX_HEADERS = 8, /* of IPv6, before and with the fragment header */
 	ANY_PORT = 0xffff,
 	/* Of an IPv4 header: more fragments, and the offset. */
@@ -73,6 +75,37 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } sockets SEC(".maps");
+
+/* By interface, 0 for entries without one; those of entries are all there. */
+struct drops {
+	__u64 fragments;
+	__u64 unserved;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_COUNTED);
+	__type(key, __u32);
+	__type(value, struct drops);
+} dropped SEC(".maps");
+
+static __always_inline int drop_unserved(__u32 ifindex)
+{
+	struct drops *d = bpf_map_lookup_elem(&dropped, &ifindex);
+
+	if (d)
+		__sync_fetch_and_add(&d->unserved, 1);
+	return SK_DROP;
+}
+
+static __always_inline int drop_fragment(__u32 ifindex)
+{
+	struct drops *d = bpf_map_lookup_elem(&dropped, &ifindex);
+
+	if (d)
+		__sync_fetch_and_add(&d->fragments, 1);
+	return TCX_DROP;
+}
 
 static __always_inline bool is_own(const struct net *key)
 {
@@ -138,10 +171,10 @@ int divert(struct bpf_sk_lookup *ctx)
 	     (ctx->family == AF_INET ? 0 : SOCKET_V6);
 	sk = bpf_map_lookup_elem(&sockets, &at);
 	if (!sk)
-		return SK_DROP;
+		return drop_unserved(e->ifindex);
 	err = bpf_sk_assign(ctx, sk, 0);
 	bpf_sk_release(sk);
-	return err ? SK_DROP : SK_PASS;
+	return err ? drop_unserved(e->ifindex) : SK_PASS;
 }
 
 enum { NO_FRAGMENT = 0, FRAGMENT_OF = 256, UNREADABLE = 512 };
@@ -233,7 +266,7 @@ int fragments(struct __sk_buff *skb)
 	first = bpf_htonl(skb->protocol == bpf_htons(ETH_P_IP) ? to.addr[3] : to.addr[0]) >> 24;
 	if (first == 0xff || (skb->protocol == bpf_htons(ETH_P_IP) && first >= 0xe0))
 		return TCX_NEXT;
-	return is_own(&to) ? TCX_NEXT : TCX_DROP;
+	return is_own(&to) ? TCX_NEXT : drop_fragment(skb->ifindex);
 }
 
 /* No helper here is reserved to programs under the GPL. */

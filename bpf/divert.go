@@ -87,6 +87,7 @@ type Diverter struct {
 	edges   map[uint32]link.Link // by interface index
 	filters map[uint32]bool      // interfaces that have one by in
 	own     map[netip.Prefix]bool
+	drops   *ebpf.Map // what the programs count, one set of them after the other; nil before the first Set
 	closed  bool
 }
 
@@ -154,6 +155,9 @@ func divertPins(dir string) ([]string, error) {
 // which namespace those are). Else it is of no use, and removed.
 func (d *Diverter) adopt(name string) error {
 	path := filepath.Join(d.dir, name)
+	if name == pinDrops {
+		return d.adoptDrops(path)
+	}
 	l, err := link.LoadPinnedLink(path, nil)
 	if err != nil {
 		return fmt.Errorf("open pinned link %s: %w", path, plain(err))
@@ -193,7 +197,10 @@ func (d *Diverter) Set(v Diversion) error {
 	if d.closed {
 		return fmt.Errorf("divert: %w", os.ErrClosed)
 	}
-	objs, err := loadDiversion(v)
+	if err := d.count(v.Entries); err != nil {
+		return err
+	}
+	objs, err := loadCounting(v, d.drops)
 	if err != nil {
 		return err
 	}
@@ -209,11 +216,14 @@ func (d *Diverter) Set(v Diversion) error {
 	if old != nil {
 		err = errors.Join(err, old.Close())
 	}
-	return err
+	return errors.Join(err, d.countOnly(v.Entries))
 }
 
 // loadDiversion loads the programs with their entries and sockets.
-func loadDiversion(v Diversion) (_ *divertObjects, err error) {
+func loadDiversion(v Diversion) (*divertObjects, error) { return loadCounting(v, nil) }
+
+// loadCounting is loadDiversion with the map to count in; nil: one of their own.
+func loadCounting(v Diversion, drops *ebpf.Map) (_ *divertObjects, err error) {
 	if len(v.Entries) > MaxDivertEntries {
 		return nil, fmt.Errorf("divert: %d entries, at most %d are possible", len(v.Entries), MaxDivertEntries)
 	}
@@ -224,9 +234,9 @@ func loadDiversion(v Diversion) (_ *divertObjects, err error) {
 		}
 		entries[i] = e.encode()
 	}
-	objs, err := loadEntries(v, entries, true)
+	objs, err := loadEntries(v, entries, drops, true)
 	if errors.Is(err, unix.EACCES) { // a verdict: the kernel may not know the interface (5.15 does not)
-		if older, again := loadEntries(v, entries, false); again == nil {
+		if older, again := loadEntries(v, entries, drops, false); again == nil {
 			objs, err = older, v.oneServerEach()
 		}
 	}
@@ -250,7 +260,7 @@ func loadDiversion(v Diversion) (_ *divertObjects, err error) {
 }
 
 // loadEntries loads the programs; byInterface says whether they tell interfaces apart.
-func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, byInterface bool) (*divertObjects, error) {
+func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, drops *ebpf.Map, byInterface bool) (*divertObjects, error) {
 	spec, err := loadDivert()
 	if err != nil {
 		return nil, fmt.Errorf("read the eBPF object: %w", err)
@@ -263,8 +273,11 @@ func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, byInterface
 		}
 	}
 	spec.Maps[divertMapSockets].MaxEntries = uint32(max(1, socketsOf*len(v.Sockets)))
-	objs := &divertObjects{}
-	if err := spec.LoadAndAssign(objs, nil); err != nil {
+	objs, o := &divertObjects{}, &ebpf.CollectionOptions{}
+	if drops != nil {
+		o.MapReplacements = map[string]*ebpf.Map{divertMapDropped: drops}
+	}
+	if err := spec.LoadAndAssign(objs, o); err != nil {
 		return nil, fmt.Errorf("load the diverting programs: %w", plain(err))
 	}
 	return objs, nil
@@ -415,6 +428,9 @@ func (d *Diverter) Close() error {
 	if d.objs != nil {
 		errs = append(errs, d.objs.Close())
 	}
+	if d.drops != nil {
+		errs = append(errs, d.drops.Close())
+	}
 	if d.ns != nil {
 		errs = append(errs, d.ns.Close())
 	}
@@ -430,6 +446,9 @@ func CleanDivert(dir string, in Ingress) error {
 	}
 	var errs []error
 	for _, name := range names {
+		if name == pinDrops {
+			continue
+		}
 		errs = append(errs, detachPinned(filepath.Join(dir, name)))
 	}
 	errs = append(errs, CleanIngress(in, divertFilter(dir)))

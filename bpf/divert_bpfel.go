@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type divertDrops struct {
+	_         structs.HostLayout
+	Fragments uint64
+	Unserved  uint64
+}
+
 type divertEntry struct {
 	_        structs.HostLayout
 	Ifindex  uint32
@@ -36,6 +42,7 @@ type divertNet struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	divertMapDropped     = "dropped"
 	divertMapOwn         = "own"
 	divertMapSockets     = "sockets"
 	divertProgDivert     = "divert"
@@ -95,6 +102,7 @@ type divertProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type divertMapSpecs struct {
+	Dropped *ebpf.MapSpec `ebpf:"dropped"`
 	Own     *ebpf.MapSpec `ebpf:"own"`
 	Sockets *ebpf.MapSpec `ebpf:"sockets"`
 }
@@ -128,12 +136,14 @@ func (o *divertObjects) Close() error {
 //
 // It can be passed to loadDivertObjects or ebpf.CollectionSpec.LoadAndAssign.
 type divertMaps struct {
+	Dropped *ebpf.Map `ebpf:"dropped"`
 	Own     *ebpf.Map `ebpf:"own"`
 	Sockets *ebpf.Map `ebpf:"sockets"`
 }
 
 func (m *divertMaps) Close() error {
 	return _DivertClose(
+		m.Dropped,
 		m.Own,
 		m.Sockets,
 	)

@@ -33,6 +33,7 @@ typedef _Bool bool;
 #define offsetof(type, member) __builtin_offsetof(type, member)
 
 enum {
+	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SOCKMAP = 15,

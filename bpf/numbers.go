@@ -1,10 +1,7 @@
 package bpf
 
 import (
-	"cmp"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 )
 
@@ -94,15 +91,6 @@ func (n *Numbers) Free(num uint32) error {
 	delete(n.resting, num)
 	n.free = append(n.free, num)
 	return nil
-}
-
-// Resting lists the numbers that wait for Free, longest waiting first.
-func (n *Numbers) Resting() []uint32 {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return slices.SortedFunc(maps.Keys(n.resting), func(a, b uint32) int {
-		return cmp.Compare(n.resting[a], n.resting[b])
-	})
 }
 
 func (n *Numbers) rest(num uint32) {

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"sync"
 
 	"github.com/cilium/ebpf/link"
@@ -198,20 +197,6 @@ func boolValue(v bool) uint32 {
 		return 1
 	}
 	return 0
-}
-
-// Prefixes gives what is answered for, in order.
-func (r *Responder) Prefixes() []netip.Prefix {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var out []netip.Prefix
-	for p, yes := range r.set {
-		if yes {
-			out = append(out, p)
-		}
-	}
-	slices.SortFunc(out, netip.Prefix.Compare)
-	return out
 }
 
 // Answered is the number of answers given, without a system call; after Close too.

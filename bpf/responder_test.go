@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -526,4 +527,18 @@ func BenchmarkResponder(b *testing.B) {
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/repeat, "ns/packet")
 		})
 	}
+}
+
+// Prefixes gives what is answered for, in order.
+func (r *Responder) Prefixes() []netip.Prefix {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var out []netip.Prefix
+	for p, yes := range r.set {
+		if yes {
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return out
 }

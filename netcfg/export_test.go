@@ -122,3 +122,6 @@ var (
 	KernelSince  = kernelAtLeast
 	ReadSysctls  = readSysctls
 )
+
+// Snapshot is the latest state.
+func (w *Watcher) Snapshot() *Snapshot { return w.current.Load() }

@@ -287,6 +287,18 @@ func (m Mark) choice() choice {
 	}
 }
 
+// udp is the same of UDP sockets.
+func (c choice) udp() choice {
+	list := c.list
+	c.list = func(f Family) []byte {
+		b := list(f)
+		b[1] = unix.IPPROTO_UDP
+		binary.NativeEndian.PutUint32(b[4:8], 1<<Established|1<<Closed)
+		return b
+	}
+	return c
+}
+
 // sockets lists TCP sockets.
 func (d *diag) sockets(ctx context.Context, c choice) ([]tcpSocket, error) {
 	var list []tcpSocket
@@ -294,7 +306,8 @@ func (d *diag) sockets(ctx context.Context, c choice) ([]tcpSocket, error) {
 	return list, err
 }
 
-// each calls do for each TCP socket that is meant.
+// each calls do for each socket that is meant. What UDP has of a TCP socket's state
+// is Established for one that is connected, and Closed.
 func (d *diag) each(ctx context.Context, c choice, do func(tcpSocket)) error {
 	for _, f := range []Family{IPv4, IPv6} {
 		d.seq++

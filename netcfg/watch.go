@@ -121,9 +121,6 @@ func Watch(ctx context.Context, opt WatchOptions) (*Watcher, error) {
 	return w, nil
 }
 
-// Snapshot is the latest state.
-func (w *Watcher) Snapshot() *Snapshot { return w.current.Load() }
-
 // Done is closed when the watcher has stopped and OnChange is not called again.
 func (w *Watcher) Done() <-chan struct{} { return w.done }
 

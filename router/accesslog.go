@@ -28,7 +28,7 @@ func (a *accessLog) write(r *escaper.Record) {
 	if a.log == nil {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 19)
+	attrs := make([]slog.Attr, 0, 20)
 	attrs = append(attrs,
 		slog.Time("start", r.Start),
 		slog.String("server", r.Server),
@@ -53,6 +53,9 @@ func (a *accessLog) write(r *escaper.Record) {
 		slog.Float64("duration", r.Duration.Seconds()),
 		slog.Bool("upstream_reused", r.Reused),
 	)
+	if r.Method == "UDP" {
+		attrs = append(attrs, slog.Int64("dropped", r.Dropped))
+	}
 	if r.Err != nil {
 		attrs = append(attrs, slog.String("error", r.Err.Error()))
 	}

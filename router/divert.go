@@ -37,10 +37,11 @@ func tapping(c *config.Config) bool {
 // buildTransparent makes the front end of a tproxy.
 func (r *Router) buildTransparent(p *plan, s *server) error {
 	sc := s.conf
+	open, dropped := r.counters.Server(sc.Name).CountDatagrams()
 	s.tap.options = tproxy.Options{
 		Name: sc.Name, Escaper: sc.Escaper, Group: p.groups[sc.UserGroup], Selection: sc.Select.Map,
 		TunnelIdle: sc.TunnelIdleTimeout, FlowIdle: sc.UDPIdleTimeout, Flows: sc.UDPFlows,
-		Meter: r.meters.of("server "+sc.Name, sc.Limits),
+		Meter: r.meters.of("server "+sc.Name, sc.Limits), FlowsOpen: open, DatagramsDropped: dropped,
 		Admit: r.limits.admit, Open: p.door.Open, OpenPacket: p.door.OpenPacket, Relay: r.relay, Front: s.front, Logger: r.log,
 		Observe: observe(r.access, r.counters, r.counters.Server(sc.Name)), Prompt: r.access.log == nil,
 	}
@@ -304,6 +305,7 @@ func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
 		return err
 	}
 	k.diverted = v.Entries
+	r.tally.divert(k.diverter, v.Entries, s)
 	return nil
 }
 
@@ -376,6 +378,7 @@ func (r *Router) closeDiverter() error {
 		return nil
 	}
 	r.kernel.diverter = nil
+	r.tally.divert(nil, nil, nil)
 	c := r.plan.config
 	if len(r.want.Diverts) == 0 {
 		return errors.Join(d.Close(), cleanDiverter(r.o.Config, r.kernel.net))

@@ -118,6 +118,7 @@ func (r *Router) answerOn(l netcfg.Link, prefixes []netip.Prefix, except []netip
 		r.kernel.answering = map[int]*answering{}
 	}
 	r.kernel.answering[l.Index] = &answering{responder, prefixes, except}
+	r.tally.answer(l.Name, responder)
 	r.log.Info("neighbour solicitations are answered", "interface", l.Name, "prefixes", len(prefixes))
 	return nil
 }

@@ -139,7 +139,11 @@ func (m *portMeter) take(paths []*escaper.Path, uses []netcfg.PortUse, ports int
 		}
 		// An address of a whole prefix is one of many.
 		if single := !p.Net4.IsValid() && !p.Net6.IsValid(); single && (share >= portsLast || left <= 2*portsEvery) {
-			crowded[p] = append(crowded[p], u.Target)
+			to := u.Target
+			if !to.IsValid() {
+				to = escaper.AllDatagrams()
+			}
+			crowded[p] = append(crowded[p], to)
 		}
 	}
 	m.before, m.warned = samples, warned
@@ -186,7 +190,11 @@ func seconds(left time.Duration) float64 {
 }
 
 func (m *portMeter) warn(p *escaper.Path, u netcfg.PortUse, s portSample, ports int, left time.Duration) {
-	args := []any{"path", p.Name, "source", u.Source, "target", u.Target, "taken", s.taken, "ports", ports, "time_wait", u.TimeWait}
+	target := "all, by UDP"
+	if u.Target.IsValid() {
+		target = u.Target.String()
+	}
+	args := []any{"path", p.Name, "source", u.Source, "target", target, "taken", s.taken, "ports", ports, "time_wait", u.TimeWait}
 	if left < never {
 		args = append(args, "left", left.Round(time.Second))
 	}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -60,10 +61,11 @@ func TestPortMeter(t *testing.T) {
 		{[]netcfg.PortUse{use(0x11, target, 600, 250)}, false, "600 250 1.5", true, true},     // the next burst
 		{[]netcfg.PortUse{use(0x11, target, 600, 400)}, false, "600 400 0", false, true},      // all gone
 		{[]netcfg.PortUse{use(0x11, target, 600, 400)}, true, "600 400 +Inf", false, false},   // those that are kept may be taken
-		{nil, false, "none", false, false},                                                                   // quiet
-		{[]netcfg.PortUse{use(0x11, other, 850, 0)}, false, "850 0 +Inf", true, false},                       // another target
-		{[]netcfg.PortUse{use(0x12, other, 990, 0)}, false, "none", true, false},                             // another path
-		{[]netcfg.PortUse{use(0x13, other, 990, 0), use(0x11, other, 1, 0)}, false, "1 0 +Inf", true, false}, // an address of many
+		{nil, false, "none", false, false},                                                                                 // quiet
+		{[]netcfg.PortUse{use(0x11, other, 850, 0)}, false, "850 0 +Inf", true, false},                                     // another target
+		{[]netcfg.PortUse{use(0x11, netip.AddrPort{}, 960, 0), use(0x11, target, 9, 0)}, false, "960 0 +Inf", true, false}, // by UDP
+		{[]netcfg.PortUse{use(0x12, other, 990, 0)}, false, "none", true, false},                                           // another path
+		{[]netcfg.PortUse{use(0x13, other, 990, 0), use(0x11, other, 1, 0)}, false, "1 0 +Inf", true, false},               // an address of many
 	} {
 		now = now.Add(2 * time.Second)
 		log.Reset()
@@ -80,6 +82,10 @@ func TestPortMeter(t *testing.T) {
 		}
 		if crowded := paths[0].Crowded(target); crowded != step.crowded {
 			t.Errorf("step %d: crowded %t", i, crowded)
+		}
+		byUDP := slices.ContainsFunc(step.uses, func(u netcfg.PortUse) bool { return !u.Target.IsValid() })
+		if crowded := paths[0].Crowded(escaper.AllDatagrams()); crowded != byUDP {
+			t.Errorf("step %d: crowded for datagrams: %t", i, crowded)
 		}
 		if paths[2].Crowded(other) {
 			t.Errorf("step %d: a whole prefix is crowded", i)
@@ -115,7 +121,8 @@ func TestPortMeterIsBusy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	door := escaper.NewDoor(tab)
+	var door escaper.Door
+	door.Swap(tab)
 	defer door.Swap(nil)
 	to := netip.MustParseAddrPort(l.Addr().String())
 	c, err := door.Open(t.Context(), &escaper.Request{Escaper: "out", Target: escaper.Target{Addr: to.Addr(), Port: to.Port()}})

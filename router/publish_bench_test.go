@@ -32,7 +32,7 @@ func runDaemon(tb testing.TB, yaml string) *daemon {
 		tb.Fatal(err)
 	}
 	dir := tb.TempDir()
-	c, err := config.Parse("bench.yaml", []byte(fmt.Sprintf("control: {socket: %s}\n%s", filepath.Join(dir, "c.sock"), yaml)))
+	c, err := config.Loader{}.Parse("bench.yaml", []byte(fmt.Sprintf("control: {socket: %s}\n%s", filepath.Join(dir, "c.sock"), yaml)))
 	if err != nil {
 		tb.Fatal(err)
 	}

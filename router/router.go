@@ -52,6 +52,7 @@ type Router struct {
 	sessions *escaper.Sessions // over all reloads
 	health   *escaper.Health   // over all reloads; nil: the plan is only looked at
 	ports    *portMeter
+	tally    tally
 	meters   meters // over all reloads
 
 	counters  *control.Counters

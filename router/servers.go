@@ -106,7 +106,9 @@ func (r *Router) buildHTTP(p *plan, sc *config.Server, front *relay.Front) (*htt
 }
 
 func (r *Router) buildSOCKS(p *plan, sc *config.Server, front *relay.Front) (*socks.Server, error) {
+	open, dropped := r.counters.Server(sc.Name).CountDatagrams()
 	return socks.New(socks.Options{
+		AssociationsOpen: open, DatagramsDropped: dropped,
 		Name: sc.Name, Escaper: sc.Escaper, Group: p.groups[sc.UserGroup],
 		Extension: sc.SOCKSExtension, UsernameParams: sc.UsernameParams, ServerSelection: serverSelection(sc),
 		Meter: r.meters.of("server "+sc.Name, sc.Limits),
@@ -170,7 +172,7 @@ func (m *meters) of(name string, l config.Limits) *auth.Meter {
 	if was, ok := (*m)[name]; ok && was.limits == l {
 		return was.meter
 	}
-	o := auth.Limits{Connections: l.Connections, Bandwidth: l.Bandwidth}
+	o := auth.Limits{Connections: l.Connections, Bandwidth: l.Bandwidth, BandwidthBurst: relay.Burst(float64(l.Bandwidth) / 8)}
 	if l.Rate.Count > 0 {
 		o.Rate = float64(l.Rate.Count) / l.Rate.Per.Seconds()
 	}

@@ -264,6 +264,7 @@ func (r *Router) Paths() control.Paths {
 	if now == nil {
 		return all
 	}
+	all.Interfaces, all.Datagrams = r.tally.interfaces(r.log), r.counters.Datagrams()
 	for _, p := range now.table.Paths() {
 		all.Paths = append(all.Paths, r.status(p, now.device(p)))
 	}

@@ -146,7 +146,7 @@ func TestResolverByPath(t *testing.T) {
 		n.records[fmt.Sprintf("AAAA four.policy%d.test.", i)] = nil
 	}
 	k.serveNames(n)
-	k.whoami(lab.OriginAddr4 + ":5353")
+	k.serveDatagrams(t, lab.OriginAddr4+":5353")
 	ups := []*lab.Capture{k.capture(k.Host, "eth0"), k.capture(k.Host, "eth1")}
 	k.start(boundConfig())
 	all := uplinkNodes()
@@ -211,7 +211,7 @@ func TestResolverByPath(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := a.ask("datagram.test:5353"); got.Addr() != all[2].v4 {
+	if got := a.mustEcho(t, "datagram.test:5353", "who am I"); got.Addr() != all[2].v4 {
 		t.Errorf("the datagram came from %s", got)
 	}
 	for _, q := range n.of("datagram.test.") {

@@ -328,8 +328,7 @@ func TestHopDatagrams(t *testing.T) {
 	t.Parallel()
 	s := hopScene(t)
 	const at4, at6 = lab.OriginAddr4 + ":5353", "[" + lab.OriginAddr6 + "]:5353"
-	s.whoami(at4)
-	s.whoami(at6)
+	s.serveDatagrams(t, at4, at6)
 	s.start(hopConfig(""))
 	for _, c := range []struct{ extension, target, from string }{
 		{"", at4, hopFirst},
@@ -341,8 +340,8 @@ func TestHopDatagrams(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%q: %v", c.extension, err)
 		}
-		first := a.ask(c.target)
-		if again := a.ask(c.target); first.Addr().String() != c.from || again != first {
+		first := a.mustEcho(t, c.target, "who am I")
+		if again := a.mustEcho(t, c.target, "who am I"); first.Addr().String() != c.from || again != first {
 			t.Errorf("%q: datagrams come from %s and %s, want %s", c.extension, first, again, c.from)
 		}
 	}
@@ -364,7 +363,7 @@ func TestHopDatagrams(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.ask(at4)
+	a.mustEcho(t, at4, "who am I")
 	if err := s.far.Stop(); err != nil {
 		t.Fatal(err)
 	}

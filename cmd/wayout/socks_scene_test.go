@@ -229,7 +229,7 @@ func (s *scene) associate(a said) (*association, error) {
 	if err != nil {
 		return nil, err
 	}
-	relay, err := a.dialer().Associate(context.Background(), c)
+	as, err := s.associateOn(c, a.dialer())
 	if err != nil {
 		g, err2 := refusal(c, err)
 		c.Close()
@@ -238,9 +238,35 @@ func (s *scene) associate(a said) (*association, error) {
 		}
 		return nil, refusedError(g.answer)
 	}
+	return as, nil
+}
+
+// associateBy asks for one by a dialer, at a port of the host. The error is the
+// dialer's.
+func (s *scene) associateBy(d client.Dialer, port uint16) (*association, error) {
+	s.t.Helper()
+	c, err := s.Client.Dial(proxyAt(port))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { c.Close() })
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		s.t.Fatal(err)
+	}
+	a, err := s.associateOn(c, &d)
+	if err == nil {
+		s.t.Cleanup(a.Close)
+	}
+	return a, err
+}
+
+func (s *scene) associateOn(c *net.TCPConn, d *client.Dialer) (*association, error) {
+	relay, err := d.Associate(context.Background(), c)
+	if err != nil {
+		return nil, err
+	}
 	u, err := dialUDP(s.Client, netip.AddrPort{}, relay)
 	if err != nil {
-		c.Close()
 		return nil, err
 	}
 	return &association{c, u, relay}, nil
@@ -320,7 +346,7 @@ func (a *association) echoed(to, payload string) (source netip.AddrPort, err err
 			if back != payload {
 				continue // of an earlier one
 			}
-			if from.String() != to {
+			if is, err := netip.ParseAddrPort(to); err == nil && from != is { // a name has no address to compare
 				return source, fmt.Errorf("the answer of %s came as %s's", to, from)
 			}
 			return netip.ParseAddrPort(seen)
@@ -356,13 +382,16 @@ type datagramSeen struct {
 	payload string
 }
 
-// serveDatagrams runs echoes at the origin, on echo4 and echo6: each datagram
-// comes back behind the source that it was seen to have. What was seen is told
-// until nobody looks.
-func (s *scene) serveDatagrams(t *testing.T) *datagramEcho {
+// serveDatagrams runs echoes at the origin, on echo4 and echo6 unless others are
+// given: each datagram comes back behind the source that it was seen to have. What
+// was seen is told until nobody looks.
+func (s *scene) serveDatagrams(t *testing.T, places ...string) *datagramEcho {
 	t.Helper()
 	e := &datagramEcho{make(chan datagramSeen, 1<<15)}
-	for _, at := range []string{echo4, echo6} {
+	if len(places) == 0 {
+		places = []string{echo4, echo6}
+	}
+	for _, at := range places {
 		var u *net.UDPConn
 		err := s.Origin.Do(func() (err error) {
 			u, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(at)))

@@ -108,14 +108,3 @@ func (c *cache) put(t *tag, u *User) {
 	next[*t] = verified{user: u, until: now.Add(c.ttl)}
 	s.m.Store(&next)
 }
-
-// len counts the entries, expired ones too.
-func (c *cache) len() int {
-	n := 0
-	for i := range c.shard {
-		if m := c.shard[i].m.Load(); m != nil {
-			n += len(*m)
-		}
-	}
-	return n
-}

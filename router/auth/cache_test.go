@@ -247,3 +247,14 @@ func TestStranger(t *testing.T) {
 		t.Fatalf("in an empty group: m=%d t=%d", s.memory, s.time)
 	}
 }
+
+// len counts the entries, expired ones too.
+func (c *cache) len() int {
+	n := 0
+	for i := range c.shard {
+		if m := c.shard[i].m.Load(); m != nil {
+			n += len(*m)
+		}
+	}
+	return n
+}

@@ -19,7 +19,10 @@ type Limits struct {
 	Connections int     // open at once
 	Rate        float64 // that begin in a second, over a longer time
 	Burst       int     // that may begin at once; 0: as many as Rate allows in a second, at least one
-	Bandwidth   uint64  // bits a second, in each direction
+	Bandwidth   uint64  // bits a second, in each direction, over all that is open
+	// BandwidthBurst is how many bytes may pass at once, in each direction, after a
+	// pause. Required with Bandwidth.
+	BandwidthBurst int
 }
 
 // A Meter counts what its Limits bound. Its methods may be called from many goroutines, and on a nil Meter, which has no
@@ -27,8 +30,11 @@ type Limits struct {
 type Meter struct {
 	limits Limits
 	bucket *rate.Limiter // nil: any rate
-	now    func() time.Time
-	open   atomic.Int64
+	// Of all bytes, and of those of datagrams: from the client, and to it. nil
+	// without Bandwidth.
+	bytes, datagrams [2]*rate.Limiter
+	now              func() time.Time
+	open             atomic.Int64
 }
 
 // NewMeter returns a Meter of which nothing is used. now is the clock; nil: time.Now.
@@ -44,7 +50,34 @@ func NewMeter(l Limits, now func() time.Time) *Meter {
 		}
 		m.bucket = rate.NewLimiter(rate.Limit(l.Rate), burst)
 	}
+	if l.Bandwidth > 0 {
+		for i := range m.bytes {
+			m.bytes[i] = rate.NewLimiter(rate.Limit(float64(l.Bandwidth)/8), l.BandwidthBurst)
+			m.datagrams[i] = rate.NewLimiter(rate.Limit(float64(l.Bandwidth)/8), l.BandwidthBurst)
+		}
+	}
 	return m
+}
+
+// Bytes gives the limiters of all bytes that meters bound together, from the client
+// and to it; nil where none does.
+func Bytes(meters ...*Meter) (up, down []*rate.Limiter) {
+	return limiters(meters, func(m *Meter) *[2]*rate.Limiter { return &m.bytes })
+}
+
+// Datagrams is Bytes for those of datagrams alone.
+func Datagrams(meters ...*Meter) (up, down []*rate.Limiter) {
+	return limiters(meters, func(m *Meter) *[2]*rate.Limiter { return &m.datagrams })
+}
+
+func limiters(meters []*Meter, of func(*Meter) *[2]*rate.Limiter) (up, down []*rate.Limiter) {
+	for _, m := range meters {
+		if m != nil && m.limits.Bandwidth > 0 {
+			both := of(m)
+			up, down = append(up, both[0]), append(down, both[1])
+		}
+	}
+	return up, down
 }
 
 // Begin admits one more (a request, a tunnel, an association), to be given back by End, or returns an error that wraps
@@ -86,14 +119,6 @@ func (m *Meter) Open() int64 {
 	return m.open.Load()
 }
 
-// Bandwidth returns the bits a second that are allowed in each direction, or 0 for any number.
-func (m *Meter) Bandwidth() uint64 {
-	if m == nil {
-		return 0
-	}
-	return m.limits.Bandwidth
-}
-
 // limited is an ErrLimit with the time until it is worth trying again.
 type limited struct {
 	what  string
@@ -110,12 +135,4 @@ func RetryAfter(err error) time.Duration {
 		return l.after
 	}
 	return 0
-}
-
-// Narrower returns the smaller of two bandwidths, of which 0 is none.
-func Narrower(a, b uint64) uint64 {
-	if a == 0 || b != 0 && b < a {
-		return b
-	}
-	return a
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"wayout/router/auth"
 )
 
@@ -111,18 +113,34 @@ func TestMeterWithoutLimits(t *testing.T) {
 			}
 		}
 		m.End()
-		if m.Bandwidth() != 0 {
-			t.Errorf("%s: bandwidth %d", name, m.Bandwidth())
+		if up, down := auth.Bytes(m); up != nil || down != nil {
+			t.Errorf("%s: bytes are bounded", name)
 		}
 	}
 	if n := (*auth.Meter)(nil).Open(); n != 0 {
 		t.Errorf("nil: %d open", n)
 	}
-	if n := auth.NewMeter(auth.Limits{Bandwidth: 8000}, nil).Bandwidth(); n != 8000 {
-		t.Errorf("bandwidth %d", n)
-	}
 	if d := auth.RetryAfter(errors.New("another")); d != 0 {
 		t.Errorf("another error: %s", d)
+	}
+}
+
+// TestBytes: each direction has limiters of its own, one of each meter, and all
+// who ask get the same ones.
+func TestBytes(t *testing.T) {
+	one := auth.NewMeter(auth.Limits{Bandwidth: 8000, BandwidthBurst: 100}, nil)
+	two := auth.NewMeter(auth.Limits{Bandwidth: 16000, BandwidthBurst: 200}, nil)
+	up, down := auth.Bytes(nil, one, auth.NewMeter(auth.Limits{Connections: 1}, nil), two)
+	if len(up) != 2 || len(down) != 2 || up[0] == down[0] {
+		t.Fatalf("limiters %v and %v", up, down)
+	}
+	for _, l := range [][]*rate.Limiter{up, down} {
+		if l[0].Limit() != 1000 || l[0].Burst() != 100 || l[1].Limit() != 2000 || l[1].Burst() != 200 {
+			t.Errorf("bytes a second %v and %v, at once %d and %d", l[0].Limit(), l[1].Limit(), l[0].Burst(), l[1].Burst())
+		}
+	}
+	if again, _ := auth.Bytes(one); again[0] != up[0] {
+		t.Error("another limiter the second time")
 	}
 }
 

@@ -67,6 +67,7 @@ func (d *decoder) finish(c *Config) {
 	}
 	d.checkUsers(c, escapers, uplinks)
 	d.checkServers(c, escapers, edges)
+	d.checkUserNames(c)
 	d.checkDiverts(c)
 	d.checkPins(c, escapers)
 }
@@ -376,6 +377,27 @@ func (d *decoder) checkServers(c *Config, escapers map[string]*Escaper, edges ma
 			if !s.Open && d.find(p, "user_group") == nil && !l.first.Addr().IsLoopback() {
 				d.fail(at, "without user_group only loopback addresses are listened on, unless open: true says that an open proxy is meant")
 			}
+		}
+	}
+}
+
+// checkUserNames wants that a user can give his name where parameters are read
+// from behind it.
+func (d *decoder) checkUserNames(c *Config) {
+	for i := range c.UserGroups {
+		g := &c.UserGroups[i]
+		reader := slices.IndexFunc(c.Servers, func(s Server) bool { return s.UsernameParams && s.UserGroup == g.Name })
+		if reader < 0 {
+			continue
+		}
+		for j := range g.Users {
+			u := &g.Users[j]
+			p := d.places[u]
+			_, params := selection.SplitUsername(u.Name)
+			if params == "" || p == nil || d.skipped[u] || d.find(p, "password") == nil {
+				continue
+			}
+			d.fail(d.find(p, "name"), "server %s reads %s as parameters (username_params): nobody can log in by this name", c.Servers[reader].Name, params)
 		}
 	}
 }

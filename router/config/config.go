@@ -310,7 +310,7 @@ type Inline struct {
 type Limits struct {
 	Connections int    `key:"connections" type:"number" min:"1" max:"1000000000" meaning:"The most requests, tunnels and associations that are open at once; over it: 429. Absent: any number."`
 	Rate        Rate   `key:"rate" type:"rate" meaning:"The most that begin in a time: NUMBER/s, /m or /h; over it: 429. Absent: any number."`
-	Bandwidth   uint64 `key:"bandwidth" type:"bandwidth" meaning:"The most bits a second in each direction of each connection, as 100Mbit/s; datagrams are not bounded. Absent: no bound."`
+	Bandwidth   uint64 `key:"bandwidth" type:"bandwidth" meaning:"The most bits a second in each direction, of all connections and datagrams together, as 100Mbit/s. Absent: no bound."`
 }
 
 // Rate is so many in a time. The zero Rate is no bound.

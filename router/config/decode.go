@@ -23,12 +23,6 @@ type Loader struct {
 	Hash func(string) error
 }
 
-// Load is Loader.Load of the zero Loader.
-func Load(path string) (*Config, error) { return Loader{}.Load(path) }
-
-// Parse is Loader.Parse of the zero Loader.
-func Parse(name string, data []byte) (*Config, error) { return Loader{}.Parse(name, data) }
-
 // Load reads and checks a configuration file. What is wrong with its content comes as Errors; another error means that
 // it could not be read.
 func (l Loader) Load(path string) (*Config, error) {

@@ -305,6 +305,12 @@ func TestMistakes(t *testing.T) {
 		{"hash of another form", escaper + "user_group: [{name: team, users: [{name: alice, password: '$argon2id$v=19$m=65536,t=3,p=1$c2FsdA'}]}]", []string{
 			`2: user_group[0].users[0].password: an argon2id hash has the form $argon2id$v=19$m=M,t=T,p=P$SALT$HASH, got "(hidden)"`,
 		}},
+		{"names that are parameters", escaper + "user_group:\n- name: team\n  users:\n  - {name: alice-path-1, password: '" + hash + "'}\n  - {name: a-sid-, password: '" + hash + "'}\n" +
+			"  - {name: alice-path, password: '" + hash + "'}\n  - {name: b-path-1, from: 10.0.0.0/8}\n- name: other\n  users: [{name: alice-path-1, password: '" + hash + "'}]\n" +
+			"server:\n- {name: one, type: http_proxy, listen: 127.0.0.1:1, escaper: out, user_group: team}\n- {name: two, type: socks_proxy, listen: 127.0.0.1:2, escaper: out, user_group: team, username_params: on}", []string{
+			`5: user_group[0].users[0].name: server two reads -path-1 as parameters (username_params): nobody can log in by this name, got "alice-path-1"`,
+			`6: user_group[0].users[1].name: server two reads -sid- as parameters (username_params): nobody can log in by this name, got "a-sid-"`,
+		}},
 		{"hash as a key", escaper + "user_group: [{name: team, users: [{name: alice, password: '" + hash + "', p=1$c2FsdA$aGFzaA: }]}]", []string{
 			`2: user_group[0].users[0].(hidden): unknown key, got "(hidden)"`,
 		}},

@@ -85,6 +85,25 @@ func TestPathsJSONHasTheDocumentedShape(t *testing.T) {
 	}
 }
 
+// TestPathsJSONBesidePaths: what is not about paths is there only when there is
+// anything to say.
+func TestPathsJSONBesidePaths(t *testing.T) {
+	n := uint64(4)
+	got, err := json.Marshal(Paths{
+		Version: PathsVersion, Paths: []Path{},
+		Interfaces: []Interface{{Interface: "eth0", NeighbourAnswers: &n}, {Interface: "lan0", Diverted: &Diverted{FragmentsDropped: 2, UnservedDropped: 3}}},
+		Datagrams:  []Datagrams{{Server: "lan", Open: 5, Dropped: 6}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = `{"version":1,"paths":[],"interfaces":[{"interface":"eth0","neighbour_answers":4},` +
+		`{"interface":"lan0","diverted":{"fragments_dropped":2,"unserved_dropped":3}}],"datagrams":[{"server":"lan","open":5,"dropped":6}]}`
+	if string(got) != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
+
 func TestCommandsOverTheSocket(t *testing.T) {
 	var drained atomic.Value
 	path, _ := serveSocket(t, Backend{

@@ -1,6 +1,8 @@
 package control
 
 import (
+	"maps"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -60,6 +62,9 @@ func resultWords() []string {
 type ServerCounters struct {
 	codes        [codes]atomic.Uint64
 	authFailures atomic.Uint64
+	datagrams    atomic.Bool // it passes them
+	flows        atomic.Int64
+	dropped      atomic.Uint64
 }
 
 // NewCounters makes counters, all zero.
@@ -85,6 +90,26 @@ func (s *ServerCounters) Request(code int) {
 		code = 0
 	}
 	s.codes[code].Add(1)
+}
+
+// CountDatagrams gives the counters of a front end that passes datagrams: the
+// associations or flows that are open, and datagrams that were dropped.
+func (s *ServerCounters) CountDatagrams() (open *atomic.Int64, dropped *atomic.Uint64) {
+	s.datagrams.Store(true)
+	return &s.flows, &s.dropped
+}
+
+// Datagrams are the counters of all front ends that pass datagrams, by name.
+func (c *Counters) Datagrams() []Datagrams {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var all []Datagrams
+	for _, name := range slices.Sorted(maps.Keys(c.servers)) {
+		if s := c.servers[name]; s.datagrams.Load() {
+			all = append(all, Datagrams{Server: name, Open: s.flows.Load(), Dropped: s.dropped.Load()})
+		}
+	}
+	return all
 }
 
 // AuthFailure counts a request without valid credentials.
@@ -117,6 +142,8 @@ type Collector struct {
 
 	up, conns, open, bytes, packets, retrans, rtt, guard *prometheus.Desc
 	ports, exhaustion                                    *prometheus.Desc
+	fragments, unserved, answers                         *prometheus.Desc
+	flows, dropped                                       *prometheus.Desc
 	requests, selections, auth, reload                   *prometheus.Desc
 }
 
@@ -139,6 +166,11 @@ func NewCollector(c *Counters, paths func() Paths, unmarked func() uint64, accou
 		guard:      desc("path_guard_drops_total", "Packets stopped because they would leave by another source or interface; unmarked ones under empty labels.", path...),
 		ports:      desc("path_ports", "Local ports taken for the target that takes the most of them; absent while they are few.", append(path, "state")...),
 		exhaustion: desc("path_ports_exhaustion_seconds", "Until the ports for that target are used up at the present rate; +Inf when they are not.", path...),
+		fragments:  desc("divert_fragments_dropped_total", "Fragments dropped because they have no port to be diverted by.", "interface"),
+		unserved:   desc("divert_unserved_dropped_total", "Packets of diverted connections and datagrams dropped because no server had a socket for them.", "interface"),
+		answers:    desc("neighbour_answers_total", "Neighbour solicitations answered for whole prefixes.", "interface"),
+		flows:      desc("udp_flows_open", "SOCKS associations, or flows of a tproxy, that are open.", "server"),
+		dropped:    desc("udp_datagrams_dropped_total", "Datagrams that were not passed on, either way.", "server"),
 		requests:   desc("requests_total", "Requests by HTTP status or its equivalent.", "server", "code"),
 		selections: desc("selection_total", "Decisions about the path, by who chose and what came of it.", "source", "result"),
 		auth:       desc("auth_failures_total", "Requests without valid credentials.", "server"),
@@ -150,7 +182,7 @@ func NewCollector(c *Counters, paths func() Paths, unmarked func() uint64, accou
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		c.up, c.conns, c.open, c.bytes, c.packets, c.retrans, c.rtt, c.guard, c.ports, c.exhaustion,
-		c.requests, c.selections, c.auth, c.reload,
+		c.fragments, c.unserved, c.answers, c.flows, c.dropped, c.requests, c.selections, c.auth, c.reload,
 	} {
 		ch <- d
 	}
@@ -165,7 +197,21 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	kernel := c.accounted != nil && c.accounted()
-	for _, p := range c.paths().Paths {
+	now := c.paths()
+	for _, i := range now.Interfaces {
+		if d := i.Diverted; d != nil {
+			counter(c.fragments, d.FragmentsDropped, i.Interface)
+			counter(c.unserved, d.UnservedDropped, i.Interface)
+		}
+		if i.NeighbourAnswers != nil {
+			counter(c.answers, *i.NeighbourAnswers, i.Interface)
+		}
+	}
+	for _, d := range now.Datagrams {
+		gauge(c.flows, float64(d.Open), d.Server)
+		counter(c.dropped, d.Dropped, d.Server)
+	}
+	for _, p := range now.Paths {
 		up := 0.0
 		if p.State == "up" {
 			up = 1

@@ -20,6 +20,35 @@ var ErrUnknownPath = errors.New("no such path")
 type Paths struct {
 	Version int    `json:"version"`
 	Paths   []Path `json:"paths"`
+
+	// Interfaces are those on which the kernel's programs do more than to account
+	// for paths; Datagrams the servers that pass datagrams.
+	Interfaces []Interface `json:"interfaces,omitempty"`
+	Datagrams  []Datagrams `json:"datagrams,omitempty"`
+}
+
+// Interface is what the kernel's programs have done with what came in by an
+// interface.
+type Interface struct {
+	// Interface is its name; empty for what is diverted whatever it comes in by,
+	// and for an interface that is not there yet.
+	Interface        string    `json:"interface"`
+	Diverted         *Diverted `json:"diverted,omitempty"`          // nil: nothing is
+	NeighbourAnswers *uint64   `json:"neighbour_answers,omitempty"` // nil: none are given
+}
+
+// Diverted is what was dropped of what is diverted, in packets.
+type Diverted struct {
+	FragmentsDropped uint64 `json:"fragments_dropped"`
+	UnservedDropped  uint64 `json:"unserved_dropped"` // no server had a socket for it
+}
+
+// Datagrams is what a server does with datagrams: those of SOCKS associations,
+// or of the flows of a tproxy.
+type Datagrams struct {
+	Server  string `json:"server"`
+	Open    int64  `json:"open"`    // associations or flows
+	Dropped uint64 `json:"dropped"` // datagrams that were not passed on, either way
 }
 
 // Path is the state of one path.

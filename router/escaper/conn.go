@@ -40,11 +40,16 @@ func (c *Conn) Close() error {
 }
 
 // Release takes the connection off the books without closing it: somebody
-// else, the relay, has closed the descriptor, or will.
-func (c *Conn) Release() {
-	if !c.done.Swap(true) {
-		c.link.strike()
+// else, the relay, has closed the descriptor, well or (with a cause) because the
+// tunnel failed.
+func (c *Conn) Release(cause error) {
+	if c.done.Swap(true) {
+		return
 	}
+	if c.TCP != nil {
+		hop.End(c.TCP, cause)
+	}
+	c.link.strike()
 }
 
 // Park gives the connection back after a complete exchange that left nothing

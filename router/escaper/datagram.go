@@ -33,6 +33,17 @@ func (d *Door) OpenPacket(ctx context.Context, r *Request) (PacketConn, error) {
 	if err != nil {
 		return nil, err
 	}
+	first := c
+	for {
+		p, err := c.openPacketOnce(ctx, r)
+		if err == nil || !c.passesBy(&first, r, err) {
+			return p, err
+		}
+	}
+}
+
+// openPacketOnce opens by one path.
+func (c *choice) openPacketOnce(ctx context.Context, r *Request) (PacketConn, error) {
 	if err := c.ready(); err != nil {
 		return nil, err
 	}
@@ -42,7 +53,7 @@ func (d *Door) OpenPacket(ctx context.Context, r *Request) (PacketConn, error) {
 		}
 	}
 	if c.p == nil {
-		if err := c.pick(r, c.want, netip.AddrPort{}); err != nil {
+		if err := c.pick(r, c.want, AllDatagrams()); err != nil {
 			return nil, err
 		}
 	}
@@ -147,6 +158,7 @@ func (p *datagrams) enter() error {
 // listenPacket opens a UDP socket that is bound to the path.
 func (d *Direct) listenPacket(p *Path, f selection.Family, from netip.Addr) (*datagramSocket, error) {
 	o := d.pin(p)
+	o.port = true
 	network := "udp4"
 	if f == selection.V6 {
 		network = "udp6"

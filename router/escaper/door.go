@@ -166,16 +166,6 @@ func (t *Table) publishRoutes() {
 // table.
 type Door struct{ table atomic.Pointer[Table] }
 
-// NewDoor returns a door with its first table.
-func NewDoor(t *Table) *Door {
-	d := &Door{}
-	d.Swap(t)
-	return d
-}
-
-// Table returns the current table, nil when the door is closed.
-func (d *Door) Table() *Table { return d.table.Load() }
-
 // Swap puts another table in the place of the current one, which it returns.
 // Requests under way end by the table that they began with. Paths that are not
 // in the new table (see Options.Prior) keep the connections in use and lose the

@@ -73,3 +73,13 @@ func (s *Sessions) Known() int {
 
 // MaxSessions is how many are, at most.
 const MaxSessions = sessionShards * maxSessions
+
+// NewDoor returns a door with its first table.
+func NewDoor(t *Table) *Door {
+	d := &Door{}
+	d.Swap(t)
+	return d
+}
+
+// Table returns the current table, nil when the door is closed.
+func (d *Door) Table() *Table { return d.table.Load() }

@@ -130,7 +130,7 @@ func TestIdleLate(t *testing.T) {
 		t.Fatal("not reused")
 	}
 	_ = first.Close()
-	first.Release()
+	first.Release(nil)
 	first.Park()
 	if idle.Len() != 0 {
 		t.Error("parked again")

@@ -1,6 +1,7 @@
 package escaper
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
@@ -176,17 +177,21 @@ func (l *link) close() error {
 	if l.tcp == nil {
 		return unix.Close(l.fd)
 	}
-	return l.tcp.Close()
+	err := l.tcp.Close()
+	hop.End(l.tcp, nil)
+	return err
 }
+
+var errCut = errors.New("the connection was cut")
 
 // reset closes a connection so that the far side, if it can be reached,
 // learns that it was cut rather than ended.
 func reset(c hop.Stream) {
-	// Both fail only on a connection that is closed already. The end of a pair
-	// of sockets (a TLS peer's) has no resets.
+	// Both fail only on a connection that is closed already.
 	if tcp, is := c.(*net.TCPConn); is {
 		_ = tcp.SetLinger(0)
 	}
+	hop.End(c, errCut) // a TLS peer's has no resets
 	_ = c.Close()
 }
 

@@ -92,16 +92,25 @@ func (c *choice) open(ctx context.Context, r *Request) (conn *Conn, err error) {
 	for {
 		conn, err = c.openOnce(ctx, r)
 		c.settle(err)
-		if err == nil || !c.d.spill || first.p != nil || c.p == nil || !errors.Is(err, selection.ErrPorts) {
+		if err == nil || !c.passesBy(&first, r, err) {
 			return conn, err
 		}
-		if r.Selection.Session.Strict && r.Selection.Session.Name != "" || len(c.full) == maxSpill {
-			return conn, err
-		}
-		full, deadline := append(c.full, c.p.node), c.deadline
-		*c = first
-		c.full, c.deadline, c.last = full, deadline, err
 	}
+}
+
+// passesBy reports whether to choose again, as from first, because the path that
+// the policy chose has no ports left.
+func (c *choice) passesBy(first *choice, r *Request, err error) bool {
+	switch {
+	case !c.d.spill, first.p != nil, c.p == nil, !errors.Is(err, selection.ErrPorts):
+		return false
+	case r.Selection.Session.Strict && r.Selection.Session.Name != "", len(c.full) == maxSpill:
+		return false
+	}
+	full, deadline := append(c.full, c.p.node), c.deadline
+	*c = *first
+	c.full, c.deadline, c.last = full, deadline, err
+	return true
 }
 
 // maxSpill is how many paths without ports one request passes by.

@@ -2,6 +2,10 @@ package escaper
 
 import "net/netip"
 
+// AllDatagrams stands, among targets, for whom datagrams go to: their sockets take
+// a port for all of them.
+func AllDatagrams() netip.AddrPort { return netip.AddrPortFrom(netip.IPv6Unspecified(), 0) }
+
 // SetCrowded says towards whom the path has few local ports left: Spill then
 // prefers other paths.
 func (p *Path) SetCrowded(targets []netip.AddrPort) {

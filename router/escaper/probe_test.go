@@ -447,6 +447,54 @@ func TestSpill(t *testing.T) {
 	}
 }
 
+// TestSpillOfDatagrams: a socket for datagrams takes a port of the path for itself.
+func TestSpillOfDatagrams(t *testing.T) {
+	if !isChild(t) {
+		runChildIn(t, lab.TestNS(t, "spill"))
+		return
+	}
+	const ports = 4
+	for _, spill := range []bool{true, false} {
+		d := door(t, direct(t, escaper.Options{
+			Spill: spill, Policy: selection.Serial, EnableSelection: true, Sockets: smallRange(t, ports),
+			Nodes: []escaper.NodeOptions{{ID: "a", V4: addr("127.0.0.2"), Weight: 1}, {ID: "b", V4: addr("127.0.0.3"), Weight: 1}},
+		}))
+		var ids []string
+		var all []escaper.PacketConn
+		for i := range 2*ports + 1 {
+			r := request(escaper.Target{}, selection.Selection{})
+			p, err := d.OpenPacket(context.Background(), r)
+			if err != nil {
+				if !errors.Is(err, selection.ErrPorts) || spill && i < 2*ports {
+					t.Errorf("spill %t: %d: %v", spill, i, err)
+				}
+				ids = append(ids, "-")
+				continue
+			}
+			if p.Source(selection.V4).Port() == 0 {
+				t.Errorf("spill %t: %d has no port", spill, i)
+			}
+			all = append(all, p)
+			ids = append(ids, strings.TrimPrefix(r.Choice.Path, "out/"))
+		}
+		want := "a a a a b b b b -"
+		if !spill {
+			want = "a a a a - - - - -"
+		}
+		if got := strings.Join(ids, " "); got != want {
+			t.Errorf("spill %t: %s, want %s", spill, got, want)
+		}
+		if _, err := d.OpenPacket(context.Background(), request(escaper.Target{}, byClient(pathID("a")))); !errors.Is(err, selection.ErrPorts) {
+			t.Errorf("spill %t: selected: %v", spill, err)
+		}
+		for _, p := range all {
+			if err := p.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // strictSession finds a strict session that is bound to a path.
 func strictSession(t *testing.T, d *escaper.Door, id string, o *origin) selection.Session {
 	t.Helper()

@@ -107,6 +107,7 @@ type pin struct {
 	device string // SO_BINDTODEVICE, "" for none
 	ports  uint32
 	free   bool // IP_FREEBIND: the source is of a prefix that is local as a whole
+	port   bool // the bind takes a port: of UDP, which has one for all destinations
 }
 
 // control is the net.Dialer's hook.
@@ -141,8 +142,10 @@ func (p *pin) set(fd int) error {
 	}
 	// A bind reserves a port for all destinations unless it is left to connect
 	// to find one (Linux 4.2).
-	if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
-		return os.NewSyscallError("setsockopt IP_BIND_ADDRESS_NO_PORT", err)
+	if !p.port {
+		if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1); err != nil {
+			return os.NewSyscallError("setsockopt IP_BIND_ADDRESS_NO_PORT", err)
+		}
 	}
 	if p.ports != 0 {
 		if err := unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_LOCAL_PORT_RANGE, int(p.ports)); err != nil {

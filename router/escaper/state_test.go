@@ -181,7 +181,7 @@ func TestKill(t *testing.T) {
 	if c := p.Counters(); c.Open != 2 { // relayed, until its relay lets go, and v6
 		t.Errorf("counters %+v", c)
 	}
-	relayed.Release()
+	relayed.Release(nil)
 	_ = mine.Close()
 	if c := p.Counters(); c.Open != 1 || c.Closed != 4 {
 		t.Errorf("counters %+v", c)

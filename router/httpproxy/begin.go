@@ -142,7 +142,7 @@ func (x *exchange) handOver() (a, b int, err error) {
 	if b = x.conn.FD; x.conn.TCP != nil {
 		if b, err = relay.Detach(x.conn.TCP); err != nil {
 			_ = syscall.Close(a)
-			x.conn.Release()
+			x.conn.Release(err)
 			return -1, -1, err
 		}
 	}

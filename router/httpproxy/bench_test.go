@@ -36,7 +36,7 @@ func quiet(o *httpproxy.Options) { o.Observe = nil }
 // BenchmarkForward is one kept client connection and one kept origin
 // connection: all four ends in this process.
 func BenchmarkForward(b *testing.B) {
-	r := newRig(b, quiet)
+	r := newProxy(b, quiet)
 	w := r.dial()
 	req := []byte("GET http://" + static(b) + "/ HTTP/1.1\r\nHost: x\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n")
 	buf := make([]byte, 4096)
@@ -70,14 +70,14 @@ func exchange(b *testing.B, w *wire, req, buf []byte, want int) {
 
 // BenchmarkConnect is a tunnel with one exchange in it, from dial to close.
 func BenchmarkConnect(b *testing.B) {
-	r := newRig(b, quiet)
+	r := newProxy(b, quiet)
 	at := static(b)
 	connect := []byte("CONNECT " + at + " HTTP/1.1\r\nHost: " + at + "\r\n\r\n")
 	get := []byte("GET / HTTP/1.1\r\nHost: " + at + "\r\n\r\n")
 	buf := make([]byte, 4096)
 	b.ReportAllocs()
 	for b.Loop() {
-		c, err := net.Dial("tcp", r.addr)
+		c, err := net.Dial("tcp", r.Addr)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -3,9 +3,12 @@ package httpproxy
 import (
 	"errors"
 	"io"
+	"math"
 	"strconv"
 	"sync/atomic"
 	"time"
+
+	"wayout/router/relay"
 )
 
 // framing says how the end of a body is told.
@@ -66,13 +69,14 @@ func (b *body) ready() (p []byte, err error) {
 	return p, err
 }
 
-// more reads once, after ready gave nothing and the body is not done.
-func (b *body) more(limit time.Duration) error {
+// more reads once, after ready gave nothing and the body is not done. The buffer
+// grows beyond the middle size only up to turn.
+func (b *body) more(limit time.Duration, turn int) error {
 	in := b.in
 	switch {
 	case len(in.buf) < middleBuffer:
 		in.grow(middleBuffer)
-	case in.full && len(in.buf) < largeBuffer:
+	case in.full && len(in.buf) < largeBuffer && turn >= largeBuffer:
 		in.grow(largeBuffer)
 	}
 	if in.buffered() >= maxTrailer {
@@ -100,6 +104,7 @@ type flow struct {
 	stall   time.Duration // for which the source may be silent
 	patient func() bool   // asked when it was: whether that is all right
 	began   *atomic.Bool  // set when payload comes
+	budget  relay.Budget  // of the payload
 }
 
 // copyTo writes the payload to w, behind what is in w.out, as it comes. It
@@ -111,10 +116,10 @@ func (b *body) copyTo(w *writer, f flow) (srcErr, dstErr error) {
 			if dstErr = w.flush(); dstErr != nil {
 				return nil, dstErr
 			}
-			if b.frame == frameSized && f.frame == frameSized && b.left >= spliceFrom {
+			if b.frame == frameSized && f.frame == frameSized && b.left >= spliceFrom && f.budget.Turn() >= spliceStep {
 				return b.spliceTo(w, f)
 			}
-			if err = b.more(f.stall); err != nil && !f.excuses(err) {
+			if err = b.more(f.stall, f.budget.Turn()); err != nil && !f.excuses(err) {
 				return err, nil
 			}
 			continue
@@ -122,13 +127,36 @@ func (b *body) copyTo(w *writer, f flow) (srcErr, dstErr error) {
 		if len(p) > 0 && f.began != nil {
 			f.began.Store(true)
 		}
-		if dstErr = b.pass(w, p, f.frame); dstErr != nil {
+		if dstErr = f.wait(w.halted, len(p)); dstErr == nil {
+			dstErr = b.pass(w, p, f.frame)
+		}
+		if dstErr != nil {
 			return nil, dstErr
 		}
 		if b.done || err != nil {
 			return err, nil
 		}
 	}
+}
+
+// pause is how long a wait for the budget may take no notice of an end.
+const pause = 50 * time.Millisecond
+
+// wait takes n bytes and waits until they may pass. It ends with
+// relay.ErrStopped when halted says so.
+func (f *flow) wait(halted func() bool, n int) error {
+	if len(f.budget) == 0 || n == 0 {
+		return nil
+	}
+	now := time.Now()
+	due := now.Add(f.budget.Take(now, n))
+	for d := due.Sub(now); d > 0; d = time.Until(due) {
+		if halted() {
+			return relay.ErrStopped
+		}
+		time.Sleep(min(d, pause))
+	}
+	return nil
 }
 
 func (f *flow) excuses(err error) bool {
@@ -171,8 +199,15 @@ func (h *head) appendTrailer(out []byte) []byte {
 // spliceTo moves the rest of a sized body without looking at it.
 func (b *body) spliceTo(w *writer, f flow) (srcErr, dstErr error) {
 	for !b.done {
+		step := b.left
+		if len(f.budget) > 0 {
+			step = min(step, spliceStep)
+		}
+		if dstErr = f.wait(w.halted, int(min(step, math.MaxInt32))); dstErr != nil {
+			return nil, dstErr
+		}
 		var n int64
-		n, srcErr, dstErr = w.splice(b.in, b.left, f.stall)
+		n, srcErr, dstErr = w.splice(b.in, step, f.stall)
 		b.left -= n
 		b.payload += n
 		b.done = b.left == 0
@@ -200,7 +235,7 @@ func (b *body) discard(n int64, limit time.Duration) bool {
 		if err != nil {
 			return false
 		}
-		if len(p) == 0 && !b.done && b.more(-1) != nil {
+		if len(p) == 0 && !b.done && b.more(-1, middleBuffer) != nil {
 			return false
 		}
 	}

@@ -28,7 +28,6 @@ type conn struct {
 	readErr  error
 	idle     atomic.Bool
 	upstream atomic.Pointer[escaper.Conn] // of the request under way
-	paced    bool                         // its bandwidth is bounded
 	dead     atomic.Bool                  // cut: readers and writers of both sides look at it
 	shard    *relay.Shard
 

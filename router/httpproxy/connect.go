@@ -82,7 +82,7 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 	handle, err := x.s.o.Relay.Start(relay.Spec{
 		A: a, B: b, Task: t.Task,
 		ToB: x.c.in.unread(), ToA: toClient,
-		Idle: x.s.o.Timeouts.TunnelIdle, Bandwidth: x.bandwidth(),
+		Idle: x.s.o.Timeouts.TunnelIdle, Budgets: x.budgets(),
 		Done: t.done, Prompt: x.s.o.Prompt,
 	})
 	if err != nil {
@@ -100,7 +100,7 @@ func (x *exchange) tunnel(status int, toClient []byte) outcome {
 
 // done is told how the tunnel ended; its descriptors are closed.
 func (t *tunnel) done(r relay.Result) {
-	t.conn.Release()
+	t.conn.Release(r.Cause)
 	t.rec.Duration = time.Since(t.rec.Start)
 	t.rec.BytesOut, t.rec.BytesIn, t.rec.Err = r.AToB, r.BToA, r.Cause
 	t.s.observe(&t.rec)

@@ -32,9 +32,7 @@ func (x *exchange) forward() outcome {
 			return x.refuse(err)
 		}
 		x.attach(conn)
-		if err = x.pace(); err == nil {
-			err = x.send()
-		}
+		err = x.send()
 		if err == nil {
 			err = x.receiveHead()
 		}
@@ -170,6 +168,10 @@ func (x *exchange) attach(conn *escaper.Conn) {
 // rest to the upload.
 func (x *exchange) send() error {
 	x.upw.out = x.reqHead
+	f := flow{budget: x.budgets()[0]}
+	if err := f.wait(x.c.in.halted, len(x.early)); err != nil {
+		return x.explain(err)
+	}
 	if err := x.body.pass(&x.upw, x.early, x.body.frame); err != nil {
 		return x.explain(err)
 	}
@@ -289,7 +291,7 @@ func (u *upload) start(x *exchange) {
 }
 
 func (u *upload) run(x *exchange) {
-	u.srcErr, u.dstErr = x.body.copyTo(&x.upw, flow{frame: x.body.frame, stall: x.s.o.Timeouts.Stall, began: &u.began})
+	u.srcErr, u.dstErr = x.body.copyTo(&x.upw, flow{frame: x.body.frame, stall: x.s.o.Timeouts.Stall, began: &u.began, budget: x.budgets()[0]})
 	u.ended.Store(time.Now().UnixNano())
 	if u.srcErr != nil || isTimeout(u.dstErr) {
 		// Nothing that the origin says to half a request is worth waiting for,

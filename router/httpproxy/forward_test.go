@@ -19,7 +19,7 @@ import (
 // each with another selection than the one before.
 func TestAlternateSelectionOnOneConnection(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, whoami)
 	w := r.dial()
 	for i := range 400 {
@@ -30,7 +30,7 @@ func TestAlternateSelectionOnOneConnection(t *testing.T) {
 		}
 	}
 	for i := range 400 {
-		rec := r.record(i)
+		rec := r.Record(i)
 		if want := "out/" + string("abc"[i%3]); rec.Choice.Path != want || rec.Reused != (i >= 3) || rec.Status != 200 {
 			t.Fatalf("record %d: %+v", i, rec)
 		}
@@ -39,7 +39,7 @@ func TestAlternateSelectionOnOneConnection(t *testing.T) {
 
 func TestPipelined(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, whoami)
 	w := r.dial()
 	var b strings.Builder
@@ -151,14 +151,14 @@ func TestRequestHead(t *testing.T) {
 					}
 				}
 			})
-			r := newRig(t, nil)
+			r := newProxy(t, nil)
 			w := r.dial()
 			w.send(strings.ReplaceAll(tt.in, "ORIGIN", at))
 			if res, _ := w.response("GET"); res.StatusCode != 204 {
 				t.Fatal(res.Status)
 			}
-			r.table.Path("out/a").SetFamilyState(selection.V4, escaper.Down, "end of test") // closes the idle connection
-			r.table.Path("out/b").SetFamilyState(selection.V4, escaper.Down, "end of test")
+			r.Table.Path("out/a").SetFamilyState(selection.V4, escaper.Down, "end of test") // closes the idle connection
+			r.Table.Path("out/b").SetFamilyState(selection.V4, escaper.Down, "end of test")
 			select {
 			case have := <-got:
 				if want := strings.ReplaceAll(tt.want, "ORIGIN", at); have != want {
@@ -234,7 +234,7 @@ func TestResponse(t *testing.T) {
 					}
 				}
 			})
-			r := newRig(t, nil)
+			r := newProxy(t, nil)
 			w := r.dial()
 			req := strings.ReplaceAll(tt.req, "ORIGIN", at)
 			rounds := 1
@@ -251,10 +251,10 @@ func TestResponse(t *testing.T) {
 				again.send(req)
 				again.expect(tt.want)
 			}
-			if got := r.record(1).Reused; got != tt.reused {
+			if got := r.Record(1).Reused; got != tt.reused {
 				t.Errorf("origin's connection reused: %v, want %v", got, tt.reused)
 			}
-			if rec := r.record(0); rec.Err != nil {
+			if rec := r.Record(0); rec.Err != nil {
 				t.Errorf("record: %v", rec.Err)
 			}
 		})
@@ -263,7 +263,7 @@ func TestResponse(t *testing.T) {
 
 func TestReportEgress(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, func(o *httpproxy.Options) { o.ReportEgress = true })
+	r := newProxy(t, func(o *httpproxy.Options) { o.ReportEgress = true })
 	at := origin(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Egress-IP", "192.0.2.66")
 		w.Header().Set("Proxy-Status", "cdn; hit")
@@ -287,7 +287,7 @@ func TestReportEgress(t *testing.T) {
 // Bodies of many sizes, both ways at once, by net/http at both ends.
 func TestEcho(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, func(w http.ResponseWriter, r *http.Request) {
 		if err := http.NewResponseController(w).EnableFullDuplex(); err != nil {
 			t.Error(err)
@@ -341,7 +341,7 @@ func TestExpectContinue(t *testing.T) {
 			w.expect("hello")
 			w.say("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 		})
-		r := newRig(t, nil)
+		r := newProxy(t, nil)
 		w := r.dial()
 		w.send(strings.ReplaceAll(post, "ORIGIN", at))
 		w.expect("HTTP/1.1 100 Continue\r\n\r\n")
@@ -357,7 +357,7 @@ func TestExpectContinue(t *testing.T) {
 				t.Errorf("origin got %q", b)
 			}
 		})
-		r := newRig(t, nil)
+		r := newProxy(t, nil)
 		w := r.dial()
 		w.send(strings.ReplaceAll(post, "ORIGIN", at))
 		w.expect("HTTP/1.1 417 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -371,7 +371,7 @@ func TestExpectContinue(t *testing.T) {
 			w.say("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 			w.head()
 		})
-		r := newRig(t, nil)
+		r := newProxy(t, nil)
 		w := r.dial()
 		for range 2 {
 			w.send(strings.ReplaceAll(post, "ORIGIN", at))
@@ -391,7 +391,7 @@ func TestEarlyAnswer(t *testing.T) {
 			return
 		}
 	})
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	t.Run("small enough to read to its end", func(t *testing.T) {
 		w := r.dial()
 		const size = 100 << 10
@@ -429,19 +429,19 @@ func TestStaleConnection(t *testing.T) {
 		}
 		w.head()
 	})
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	for range 2 {
 		w.send("PUT http://" + at + "/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nT: 1\r\n\r\n")
 		w.expect(ok)
 	}
-	if rec := r.record(1); rec.Reused || rec.Err != nil {
+	if rec := r.Record(1); rec.Reused || rec.Err != nil {
 		t.Errorf("record of what was sent again: %+v", rec)
 	}
 	// What may not be sent twice gets a connection of its own.
 	w.send("POST http://" + at + "/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\na")
 	w.expect(ok)
-	if rec := r.record(2); rec.Reused {
+	if rec := r.Record(2); rec.Reused {
 		t.Error("a POST on a kept connection")
 	}
 }
@@ -452,7 +452,7 @@ func TestKeptConnectionOutlivesItsDeadlines(t *testing.T) {
 	t.Parallel()
 	const limit = time.Second
 	at := origin(t, whoami)
-	r := newRig(t, func(o *httpproxy.Options) {
+	r := newProxy(t, func(o *httpproxy.Options) {
 		o.Timeouts.Response, o.Timeouts.Write, o.Timeouts.Stall = limit, limit, limit
 	})
 	w := r.dial()
@@ -461,7 +461,7 @@ func TestKeptConnectionOutlivesItsDeadlines(t *testing.T) {
 		if res, body := w.response("GET"); body != "127.0.0.1 /x" {
 			t.Fatalf("%s %q", res.Status, body)
 		}
-		if rec := r.record(n); rec.Reused != (n == 1) || rec.Err != nil {
+		if rec := r.Record(n); rec.Reused != (n == 1) || rec.Err != nil {
 			t.Errorf("request %d: %+v", n, rec)
 		}
 		time.Sleep(limit + limit/8) // the time has to pass
@@ -477,7 +477,7 @@ func TestUpgrade(t *testing.T) {
 		w.say("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\nfirst ")
 		_, _ = io.Copy(w.TCPConn, w.br)
 	})
-	r := newRig(t, func(o *httpproxy.Options) { o.ReportEgress = true })
+	r := newProxy(t, func(o *httpproxy.Options) { o.ReportEgress = true })
 	w := r.dial()
 	w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\nearly ")
 	w.expect("HTTP/1.1 101 Switching Protocols\r\nUpgrade: echo\r\nConnection: Upgrade\r\n" +
@@ -488,7 +488,7 @@ func TestUpgrade(t *testing.T) {
 	}
 	w.expect("late")
 	w.ended()
-	if rec := r.record(0); rec.Status != 101 || rec.BytesOut != 10 || rec.BytesIn != 16 || rec.Err != nil {
+	if rec := r.Record(0); rec.Status != 101 || rec.BytesOut != 10 || rec.BytesIn != 16 || rec.Err != nil {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -505,7 +505,7 @@ func TestStreaming(t *testing.T) {
 		<-next
 		w.say("cde\r\n0\r\n\r\n")
 	})
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: x\r\n\r\n")
 	w.expect("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -531,7 +531,7 @@ func TestBrokenResponse(t *testing.T) {
 				w.head()
 				w.say(tt.res)
 			})
-			r := newRig(t, nil)
+			r := newProxy(t, nil)
 			w := r.dial()
 			w.send("GET http://" + at + "/ " + tt.req + "\r\nHost: x\r\n\r\n")
 			res, err := http.ReadResponse(w.br, nil)
@@ -541,7 +541,7 @@ func TestBrokenResponse(t *testing.T) {
 			if err == nil {
 				t.Fatal("the client takes it for a whole response")
 			}
-			if rec := r.record(0); rec.Err == nil || rec.Status != 200 {
+			if rec := r.Record(0); rec.Err == nil || rec.Status != 200 {
 				t.Errorf("record %+v", rec)
 			}
 		})
@@ -550,7 +550,7 @@ func TestBrokenResponse(t *testing.T) {
 
 func TestMaxForwardsEndsHere(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	for method, status := range map[string]int{"OPTIONS": 200, "TRACE": 405} {
 		w.send(method + " http://origin.test/ HTTP/1.1\r\nHost: x\r\nMax-Forwards: 0\r\n\r\n")
@@ -571,7 +571,7 @@ func TestClientLeavesInTheBody(t *testing.T) {
 		}
 		whole <- err
 	})
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	for _, body := range []string{"Content-Length: 10\r\n\r\nhi", "Transfer-Encoding: chunked\r\n\r\n5\r\nhi"} {
 		w := r.dial()
 		w.send("POST http://" + at + "/ HTTP/1.1\r\nHost: x\r\n" + body)

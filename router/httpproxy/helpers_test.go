@@ -2,13 +2,10 @@ package httpproxy_test
 
 import (
 	"bufio"
-	"context"
-	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -17,155 +14,46 @@ import (
 
 	"go.uber.org/goleak"
 
-	"wayout/router/auth"
 	"wayout/router/escaper"
 	"wayout/router/httpproxy"
-	"wayout/router/relay"
-	"wayout/router/resolve"
-	"wayout/selection"
+	"wayout/scripts/lab/rig"
 )
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// patience is how long a test waits for what has to happen.
-const patience = 10 * time.Second
+const patience = rig.Patience
 
-// names stands for the network's name servers.
-type names struct{}
-
-// Ready makes tasks leave their worker for each name.
-func (names) Ready(string, selection.Family) bool { return false }
-
-func (names) Lookup(_ context.Context, host string, _ selection.Family) (resolve.Answer, error) {
-	switch host {
-	case "origin.test":
-		return resolve.Answer{V4: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, nil
-	case "slow.test":
-		return resolve.Answer{}, &resolve.Error{Host: host, Kind: resolve.ErrTimeout}
-	}
-	return resolve.Answer{}, &resolve.Error{Host: host, Kind: resolve.ErrNotFound}
+// proxy is a server with paths out/a to out/c (127.0.0.1 to 127.0.0.3) and out/off
+// (127.0.0.4, down).
+type proxy struct {
+	*rig.Rig
+	server *httpproxy.Server
 }
 
-// rig is a proxy with the real door: paths out/a (127.0.0.1 and ::1), out/b
-// (127.0.0.2), out/c (127.0.0.3), out/off (127.0.0.4, down), out/six (::1 only
-// on its own escaper).
-type rig struct {
-	tb      testing.TB
-	server  *httpproxy.Server
-	addr    string
-	table   *escaper.Table
-	served  chan error
-	mu      sync.Mutex
-	records []escaper.Record
-	seen    chan struct{}
-}
-
-func newRig(tb testing.TB, change func(*httpproxy.Options)) *rig {
+func newProxy(tb testing.TB, change func(*httpproxy.Options)) *proxy {
 	tb.Helper()
-	filter, err := escaper.NewFilter(nil, []string{"loopback"}, []string{"127.9.0.0/16"})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	d, err := escaper.NewDirect(escaper.Options{
-		Name:   "out",
-		Filter: filter, Resolver: names{}, EnableSelection: true, Policy: selection.Serial,
-		Idle: escaper.NewIdle(64, 1024, time.Minute), ConnectTimeout: 5 * time.Second,
+	r := &proxy{Rig: rig.New(tb, rig.Options{
 		Nodes: []escaper.NodeOptions{
-			{ID: "a", V4: netip.MustParseAddr("127.0.0.1"), Weight: 1},
-			{ID: "b", V4: netip.MustParseAddr("127.0.0.2"), Weight: 1},
-			{ID: "c", V4: netip.MustParseAddr("127.0.0.3"), Weight: 1},
-			{ID: "off", V4: netip.MustParseAddr("127.0.0.4"), Weight: 1},
+			rig.Node("a", "127.0.0.1", ""), rig.Node("b", "127.0.0.2", ""), rig.Node("c", "127.0.0.3", ""), rig.Node("off", "127.0.0.4", ""),
 		},
-	})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	table, err := escaper.NewTable(d)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	for _, p := range table.Paths() {
-		p.SetFamilyState(selection.V4, escaper.Up, "")
-	}
-	table.Path("out/off").SetFamilyState(selection.V4, escaper.Down, "address gone")
-	table.Publish()
-	door := escaper.NewDoor(table)
-	engine, err := relay.New(relay.Options{Workers: 1})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	r := &rig{tb: tb, table: table, served: make(chan error, 1), seen: make(chan struct{}, 1)}
+		Idle: escaper.NewIdle(64, 1024, time.Minute),
+	})}
+	r.Down("out/off")
 	o := httpproxy.Options{
 		Name: "web", Escaper: "out", SelectionHeader: "X-Egress-Path",
-		Open: door.Open, Relay: engine, Observe: r.observe,
+		Open: r.Door.Open, Relay: r.Engine, Observe: r.Observe,
 	}
 	if change != nil {
 		change(&o)
 	}
+	var err error
 	if r.server, err = httpproxy.New(o); err != nil {
 		tb.Fatal(err)
 	}
-	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	r.addr = l.Addr().String()
-	bare, err := relay.NewListener(l)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	go func() { r.served <- r.server.Serve(bare) }()
-	tb.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-		defer cancel()
-		if err := r.server.Shutdown(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) {
-			tb.Errorf("shutdown: %v", err)
-		}
-		if err := <-r.served; err != nil {
-			tb.Errorf("serve: %v", err)
-		}
-		if n := r.server.Open(); n != 0 {
-			tb.Errorf("%d connections outlive the server", n)
-		}
-		if err := engine.Close(); err != nil {
-			tb.Errorf("engine: %v", err)
-		}
-		door.Swap(nil)
-	})
+	r.Serve(r.server)
 	return r
-}
-
-func (r *rig) observe(rec *escaper.Record) {
-	r.mu.Lock()
-	r.records = append(r.records, *rec)
-	r.mu.Unlock()
-	select {
-	case r.seen <- struct{}{}:
-	default:
-	}
-}
-
-// record waits for the n-th record.
-func (r *rig) record(n int) escaper.Record {
-	r.tb.Helper()
-	end := time.After(patience)
-	for {
-		r.mu.Lock()
-		have := len(r.records)
-		if have > n {
-			rec := r.records[n]
-			r.mu.Unlock()
-			return rec
-		}
-		r.mu.Unlock()
-		select {
-		case <-r.seen:
-		case <-end:
-			r.tb.Fatalf("no record %d, only %d", n, have)
-		}
-	}
 }
 
 // wire is a raw client.
@@ -175,22 +63,15 @@ type wire struct {
 	br *bufio.Reader
 }
 
-func (r *rig) dial() *wire {
-	r.tb.Helper()
-	return dial(r.tb, r.addr)
+func (r *proxy) dial() *wire {
+	r.TB.Helper()
+	return dial(r.TB, r.Addr)
 }
 
 func dial(tb testing.TB, addr string) *wire {
 	tb.Helper()
-	c, err := net.Dial("tcp", addr)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { _ = c.Close() })
-	if err := c.SetDeadline(time.Now().Add(2 * patience)); err != nil {
-		tb.Fatal(err)
-	}
-	return &wire{tb: tb, TCPConn: c.(*net.TCPConn), br: bufio.NewReader(c)}
+	c := rig.Dial(tb, addr)
+	return &wire{tb: tb, TCPConn: c, br: bufio.NewReader(c)}
 }
 
 func (w *wire) send(s string) {
@@ -291,31 +172,12 @@ func (w *wire) head() string {
 func (w *wire) say(s string) { _, _ = io.WriteString(w.TCPConn, s) }
 
 // client is net/http's client behind the proxy.
-func (r *rig) client(user *url.Userinfo) *http.Client {
+func (r *proxy) client(user *url.Userinfo) *http.Client {
 	t := &http.Transport{
-		Proxy:           http.ProxyURL(&url.URL{Scheme: "http", Host: r.addr, User: user}),
+		Proxy:           http.ProxyURL(&url.URL{Scheme: "http", Host: r.Addr, User: user}),
 		MaxIdleConns:    64,
 		IdleConnTimeout: time.Minute,
 	}
-	r.tb.Cleanup(t.CloseIdleConnections)
+	r.TB.Cleanup(t.CloseIdleConnections)
 	return &http.Client{Transport: t}
-}
-
-func group(tb testing.TB, users ...auth.User) *auth.Group {
-	tb.Helper()
-	// bcrypt at its least cost, of "secret".
-	const hash = "$2a$04$g.yx1OfOprMqm3sT0oGFcOaPxgBQaTp9Kx0TD1jh672cPqKeABM0e"
-	var list []auth.Credential
-	for _, u := range users {
-		c := auth.Credential{User: u, Hash: hash}
-		if u.Name == "net" { // known by its networks alone
-			c.Hash = ""
-		}
-		list = append(list, c)
-	}
-	g, err := auth.NewGroup("team", list, auth.Options{})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return g
 }

@@ -16,6 +16,7 @@ import (
 	"wayout/router/escaper"
 	"wayout/router/httpproxy"
 	"wayout/router/relay"
+	"wayout/scripts/lab/rig"
 	"wayout/selection"
 )
 
@@ -24,164 +25,27 @@ import (
 // is served.
 func TestMalformed(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, func(o *httpproxy.Options) {
-		o.Limits.Head, o.Limits.Fields, o.Limits.Target = 8<<10, 50, 2<<10
+	r := newProxy(t, func(o *httpproxy.Options) {
+		o.Limits.Head, o.Limits.Fields, o.Limits.Target = 8<<10, 32, 2<<10
 	})
 	at := origin(t, whoami)
-	const (
-		line = "GET http://ORIGIN/ HTTP/1.1\r\n"
-		host = "Host: ORIGIN\r\n"
-		get  = line + host
-		post = "POST http://ORIGIN/ HTTP/1.1\r\n" + host
-		chnk = post + "Transfer-Encoding: chunked\r\n\r\n"
-	)
-	long := strings.Repeat("x", 9<<10)
-	for name, tt := range map[string]struct {
-		in     string
-		status int
-		words  string // in the body
-	}{
-		"bare LF after the request line":    {"GET http://ORIGIN/ HTTP/1.1\n" + host + "\r\n", 400, "LF without CR"},
-		"bare LF after a field":             {get + "A: b\n\r\n", 400, "LF without CR"},
-		"bare LF for the empty line":        {get + "\n", 400, "LF without CR"},
-		"bare LF at the start":              {"\n" + get + "\r\n", 400, "LF without CR"},
-		"two empty lines at the start":      {"\r\n\r\n" + get + "\r\n", 400, ""},
-		"bare CR in a value":                {get + "A: b\rc\r\n\r\n", 400, "control"},
-		"bare CR in the target":             {"GET http://ORIGIN/\rx HTTP/1.1\r\n" + host + "\r\n", 400, "control"},
-		"CR CR LF":                          {get + "A: b\r\r\n\r\n", 400, "control"},
-		"NUL in a value":                    {get + "A: b\x00c\r\n\r\n", 400, "control"},
-		"NUL in a name":                     {get + "A\x00: b\r\n\r\n", 400, "control"},
-		"NUL in the target":                 {"GET http://ORIGIN/\x00 HTTP/1.1\r\n" + host + "\r\n", 400, "control"},
-		"DEL in a value":                    {get + "A: \x7f\r\n\r\n", 400, "control"},
-		"vertical tab before the colon":     {get + "A\v: b\r\n\r\n", 400, "control"},
-		"obs-fold":                          {get + "A: b\r\n c\r\n\r\n", 400, "folded"},
-		"obs-fold of the first field":       {line + " A: b\r\n" + host + "\r\n", 400, "folded"},
-		"obs-fold by tab":                   {get + "A: b\r\n\tc\r\n\r\n", 400, "folded"},
-		"space before the colon":            {get + "A : b\r\n\r\n", 400, "white space"},
-		"tab before the colon":              {get + "A\t: b\r\n\r\n", 400, "white space"},
-		"space before CL's colon":           {post + "Content-Length : 1\r\n\r\na", 400, "white space"},
-		"no colon":                          {get + "A\r\n\r\n", 400, "field"},
-		"empty name":                        {get + ": b\r\n\r\n", 400, "name"},
-		"name with a bracket":               {get + "A[]: b\r\n\r\n", 400, "name"},
-		"name above ASCII":                  {get + "\xc3\xa9: b\r\n\r\n", 400, "name"},
-		"method with a bracket":             {"G[T http://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "method"},
-		"method above ASCII":                {"G\xffT http://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "method"},
-		"no method":                         {" http://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "HTTP"},
-		"HTTP/0.9":                          {"GET http://ORIGIN/\r\n\r\n", 400, "request line"},
-		"one word":                          {"GET\r\n\r\n", 400, "request line"},
-		"two spaces":                        {"GET  http://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "request line"},
-		"space in the target":               {"GET http://ORIGIN/a b HTTP/1.1\r\n" + host + "\r\n", 400, "request line"},
-		"space at the end":                  {"GET http://ORIGIN/ HTTP/1.1 \r\n" + host + "\r\n", 400, ""},
-		"tab between":                       {"GET\thttp://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, ""},
-		"HTTP/2.0":                          {"GET http://ORIGIN/ HTTP/2.0\r\n" + host + "\r\n", 505, "version"},
-		"HTTP/2 preface":                    {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "version"},
-		"HTTP/1.2":                          {"GET http://ORIGIN/ HTTP/1.2\r\n" + host + "\r\n", 505, "version"},
-		"HTTP/0.9 spelled out":              {"GET http://ORIGIN/ HTTP/0.9\r\n" + host + "\r\n", 505, "version"},
-		"http/1.1":                          {"GET http://ORIGIN/ http/1.1\r\n" + host + "\r\n", 400, "version"},
-		"HTTP/1.10":                         {"GET http://ORIGIN/ HTTP/1.10\r\n" + host + "\r\n", 400, "version"},
-		"HTTP/11":                           {"GET http://ORIGIN/ HTTP/11\r\n" + host + "\r\n", 400, "version"},
-		"TLS":                               {"\x16\x03\x01\x02\x00\x01\x00", 400, "TLS"},
-		"SOCKS5":                            {"\x05\x01\x00", 400, "not an HTTP request"},
-		"no Host":                           {line + "\r\n", 400, "no Host"},
-		"two Hosts":                         {get + host + "\r\n", 400, "more than one Host"},
-		"empty Host":                        {line + "Host:\r\n\r\n", 400, "Host"},
-		"Host with a path":                  {line + "Host: a/b\r\n\r\n", 400, "Host"},
-		"Host with userinfo":                {line + "Host: a@b\r\n\r\n", 400, "Host"},
-		"Host with a bad port":              {line + "Host: a:b\r\n\r\n", 400, "Host"},
-		"two Hosts in one":                  {line + "Host: a, b\r\n\r\n", 400, "Host"},
-		"origin-form":                       {"GET / HTTP/1.1\r\n" + host + "\r\n", 400, "this is a proxy"},
-		"asterisk-form":                     {"OPTIONS * HTTP/1.1\r\n" + host + "\r\n", 400, "this is a proxy"},
-		"https":                             {"GET https://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "CONNECT"},
-		"ftp":                               {"GET ftp://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "http://"},
-		"authority-form without CONNECT":    {"GET ORIGIN HTTP/1.1\r\n" + host + "\r\n", 400, "http://"},
-		"no authority":                      {"GET http:///x HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"userinfo":                          {"GET http://u:p@ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, "user information"},
-		"fragment":                          {"GET http://ORIGIN/#x HTTP/1.1\r\n" + host + "\r\n", 400, "fragment"},
-		"backslash":                         {"GET http://ORIGIN\\@evil/ HTTP/1.1\r\n" + host + "\r\n", 400, ""},
-		"host above ASCII":                  {"GET http://\xc3\xa9/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"escape in the host":                {"GET http://a%2eb/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"short IPv4":                        {"GET http://127.1/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"hexadecimal IPv4":                  {"GET http://0x7f000001/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"decimal IPv4":                      {"GET http://2130706433/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"octal IPv4":                        {"GET http://0177.0.0.1/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"empty port":                        {"GET http://a:/ HTTP/1.1\r\n" + host + "\r\n", 400, "port"},
-		"port 0":                            {"GET http://a:0/ HTTP/1.1\r\n" + host + "\r\n", 400, "port"},
-		"port 65536":                        {"GET http://a:65536/ HTTP/1.1\r\n" + host + "\r\n", 400, "port"},
-		"signed port":                       {"GET http://a:+80/ HTTP/1.1\r\n" + host + "\r\n", 400, "port"},
-		"IPv6 without brackets":             {"GET http://::1/ HTTP/1.1\r\n" + host + "\r\n", 400, ""},
-		"IPv6 zone":                         {"GET http://[fe80::1%25eth0]/ HTTP/1.1\r\n" + host + "\r\n", 400, "zone"},
-		"IPv6 unclosed":                     {"GET http://[::1/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"IPv4 in brackets":                  {"GET http://[127.0.0.1]/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"long label":                        {"GET http://" + long[:64] + ".test/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"long name":                         {"GET http://" + strings.Repeat("abc.", 64) + "test/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"empty label":                       {"GET http://a..b/ HTTP/1.1\r\n" + host + "\r\n", 400, "host"},
-		"CONNECT without a port":            {"CONNECT origin.test HTTP/1.1\r\n" + host + "\r\n", 400, "host:port"},
-		"CONNECT to an IPv6 without a port": {"CONNECT [::1] HTTP/1.1\r\n" + host + "\r\n", 400, "host:port"},
-		"CONNECT to a URL":                  {"CONNECT http://ORIGIN/ HTTP/1.1\r\n" + host + "\r\n", 400, ""},
-		"CONNECT to port 0":                 {"CONNECT a:0 HTTP/1.1\r\n" + host + "\r\n", 400, "port"},
-		"CONNECT with a length":             {"CONNECT ORIGIN HTTP/1.1\r\n" + host + "Content-Length: 3\r\n\r\nabc", 400, "CONNECT with a body"},
-		"CONNECT with a coding":             {"CONNECT ORIGIN HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "CONNECT with a body"},
-		"CONNECT with two Hosts":            {"CONNECT ORIGIN HTTP/1.1\r\n" + host + host + "\r\n", 400, "more than one Host"},
-		"length and coding":                 {post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "both"},
-		"coding and length":                 {post + "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400, "both"},
-		"two lengths that differ":           {post + "Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", 400, "more than one"},
-		"two lengths that agree":            {post + "Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400, "more than one"},
-		"list of lengths":                   {post + "Content-Length: 5, 5\r\n\r\nhello", 400, "Content-Length"},
-		"signed length":                     {post + "Content-Length: +5\r\n\r\nhello", 400, "Content-Length"},
-		"negative length":                   {post + "Content-Length: -1\r\n\r\n", 400, "Content-Length"},
-		"empty length":                      {post + "Content-Length:\r\n\r\n", 400, "Content-Length"},
-		"hexadecimal length":                {post + "Content-Length: 0x5\r\n\r\nhello", 400, "Content-Length"},
-		"length over 64 bits":               {post + "Content-Length: 99999999999999999999\r\n\r\n", 400, "Content-Length"},
-		"unknown coding":                    {post + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501, "chunked"},
-		"identity":                          {post + "Transfer-Encoding: identity\r\n\r\n", 501, "chunked"},
-		"xchunked":                          {post + "Transfer-Encoding: xchunked\r\n\r\n", 501, "chunked"},
-		"chunked with a parameter":          {post + "Transfer-Encoding: chunked;x\r\n\r\n", 501, "chunked"},
-		"chunked twice":                     {post + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "more than one"},
-		"chunked with a vertical tab":       {post + "Transfer-Encoding: \vchunked\r\n\r\n", 400, "control"},
-		"chunked in HTTP/1.0":               {"POST http://ORIGIN/ HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "1.0"},
-		"Connection: Host":                  {get + "Connection: Host\r\n\r\n", 400, "Connection names"},
-		"Connection: Content-Length":        {post + "Connection: close, content-length\r\nContent-Length: 1\r\n\r\na", 400, "Connection names"},
-		"Connection: Transfer-Encoding":     {post + "Connection: transfer-encoding\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, "Connection names"},
-		"Connection without end":            {get + "Connection: " + strings.Repeat("a,", 200) + "a\r\n\r\n", 400, "too many"},
-		"other expectation":                 {post + "Expect: a-miracle\r\nContent-Length: 1\r\n\r\na", 417, "expectation"},
-		"Max-Forwards":                      {"TRACE http://ORIGIN/ HTTP/1.1\r\n" + host + "Max-Forwards: x\r\n\r\n", 400, "Max-Forwards"},
-		"credentials that differ":           {get + "Proxy-Authorization: Basic eA==\r\nProxy-Authorization: Basic eQ==\r\n\r\n", 400, "differ"},
-		"long target":                       {"GET http://ORIGIN/" + long[:4<<10] + " HTTP/1.1\r\n" + host + "\r\n", 431, "target"},
-		"endless target":                    {"GET http://ORIGIN/" + long, 431, "target"},
-		"long head":                         {get + "A: " + long + "\r\n\r\n", 431, "head"},
-		"many fields":                       {get + strings.Repeat("A: b\r\n", 60) + "\r\n", 431, "fields"},
-		"chunk size empty":                  {chnk + "\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size signed":                 {chnk + "+5\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size negative":               {chnk + "-1\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size with 0x":                {chnk + "0x5\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size after a space":          {chnk + " 5\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size before a space":         {chnk + "5 \r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size over 60 bits":           {chnk + "10000000000000005\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk size, bare LF":               {chnk + "5\nhello\r\n0\r\n\r\n", 400, "LF without CR"},
-		"chunk size, bare CR":               {chnk + "5\rX\r\nhello\r\n0\r\n\r\n", 400, "chunk size"},
-		"chunk extension with a control":    {chnk + "5;a=\x01\r\nhello\r\n0\r\n\r\n", 400, "extension"},
-		"chunk extension without end":       {chnk + "5;" + long[:2000] + "\r\nhello\r\n0\r\n\r\n", 400, "extension"},
-		"chunk longer than said":            {chnk + "5\r\nhello!\r\n0\r\n\r\n", 400, "longer"},
-		"chunk end by LF":                   {chnk + "5\r\nhello\n0\r\n\r\n", 400, "longer"},
-		"trailer folded":                    {chnk + "0\r\nA: b\r\n c\r\n\r\n", 400, "trailer"},
-		"trailer without a colon":           {chnk + "0\r\nA\r\n\r\n", 400, "trailer"},
-		"trailer with bare LF":              {chnk + "0\r\nA: b\n\r\n", 400, "LF without CR"},
-	} {
+	good := "GET http://" + at + "/ HTTP/1.1\r\nHost: " + at + "\r\n\r\n"
+	for name, tt := range rig.MalformedRequests() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := r.dial()
 			// A second request behind the bad one must not be answered.
-			w.send(strings.ReplaceAll(tt.in+get+"\r\n", "ORIGIN", at))
+			w.send(strings.ReplaceAll(tt.In, "ORIGIN", at) + good)
 			res, body := w.response("GET")
-			if res.StatusCode != tt.status || !strings.Contains(body, tt.words) {
-				t.Errorf("got %s %q, want %d and %q", res.Status, body, tt.status, tt.words)
+			if res.StatusCode != tt.Status || !strings.Contains(body, tt.Words) {
+				t.Errorf("got %s %q, want %d and %q", res.Status, body, tt.Status, tt.Words)
 			}
 			if ps := res.Header.Get("Proxy-Status"); !strings.HasPrefix(ps, `wayout; error=http_request_error; details="`) {
 				t.Errorf("Proxy-Status %q", ps)
 			}
 			w.ended()
 			again := r.dial()
-			again.send(strings.ReplaceAll(get+"\r\n", "ORIGIN", at))
+			again.send(good)
 			if res, body := again.response("GET"); res.StatusCode != 200 || body != "127.0.0.1 /" {
 				t.Errorf("the next good request: %s %q", res.Status, body)
 			}
@@ -192,7 +56,7 @@ func TestMalformed(t *testing.T) {
 // A bad chunk that comes when the body is under way already.
 func TestLateBadChunk(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	got := make(chan struct{})
 	at := script(t, func(_ int, w *wire) {
 		w.head()
@@ -243,7 +107,7 @@ func TestMalformedResponse(t *testing.T) {
 				w.say(tt.res)
 			})
 			good := origin(t, whoami)
-			r := newRig(t, func(o *httpproxy.Options) { o.Limits.ResponseHead, o.Limits.ResponseFields = 32<<10, 50 })
+			r := newProxy(t, func(o *httpproxy.Options) { o.Limits.ResponseHead, o.Limits.ResponseFields = 32<<10, 50 })
 			w := r.dial()
 			w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: x\r\n\r\n")
 			res, body := w.response("GET")
@@ -270,8 +134,8 @@ func TestRefusals(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := group(t, auth.User{Name: "x", Allow: globs})
-	r := newRig(t, func(o *httpproxy.Options) { o.Group = g })
+	g := rig.Group(t, auth.User{Name: "x", Allow: globs})
+	r := newProxy(t, func(o *httpproxy.Options) { o.Group = g })
 	at := origin(t, whoami)
 	_, port, _ := net.SplitHostPort(at)
 	const user = "Proxy-Authorization: Basic eDpzZWNyZXQ=\r\n" // x:secret
@@ -349,7 +213,7 @@ func TestRefusals(t *testing.T) {
 // With a body that has not come, a refusal ends the connection and is not lost.
 func TestRefusedBeforeBody(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	w.send("POST http://gone.test/ HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n")
 	w.send(strings.Repeat("x", 100000))
@@ -382,7 +246,7 @@ func TestAnswerTable(t *testing.T) {
 		{syscall.EMFILE, 503, "proxy_internal_error", true},
 		{errors.New("a \"quoted\" \\ and\r\n\xff"), 500, "proxy_internal_error", false},
 	} {
-		r := newRig(t, func(o *httpproxy.Options) {
+		r := newProxy(t, func(o *httpproxy.Options) {
 			o.Open = func(context.Context, *escaper.Request) (*escaper.Conn, error) {
 				return nil, fmt.Errorf("open: %w", tt.err)
 			}
@@ -410,8 +274,8 @@ func TestAnswerTable(t *testing.T) {
 
 func TestOperatorsMapWins(t *testing.T) {
 	t.Parallel()
-	g := group(t, auth.User{Name: "x", Selection: selection.Layer{{Escaper: "out", Value: selection.ID("b")}}})
-	r := newRig(t, func(o *httpproxy.Options) {
+	g := rig.Group(t, auth.User{Name: "x", Selection: selection.Layer{{Escaper: "out", Value: selection.ID("b")}}})
+	r := newProxy(t, func(o *httpproxy.Options) {
 		o.Group = g
 		o.ServerSelection = func(netip.AddrPort) selection.Layer {
 			return selection.Layer{{Escaper: "out", Value: selection.ID("c")}}
@@ -423,7 +287,7 @@ func TestOperatorsMapWins(t *testing.T) {
 	if _, body := w.response("GET"); body != "127.0.0.2 /" {
 		t.Error(body)
 	}
-	if rec := r.record(0); rec.User != "x" || rec.Choice.Source != selection.SourceUser {
+	if rec := r.Record(0); rec.User != "x" || rec.Choice.Source != selection.SourceUser {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -431,11 +295,11 @@ func TestOperatorsMapWins(t *testing.T) {
 // What the record says of a selection that could not be read.
 func TestRecordOfMalformed(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	w.send("GET http://origin.test/ HTTP/1.1\r\nHost: x\r\nX-Egress-Path: {x\r\n\r\n")
 	w.response("GET")
-	rec := r.record(0)
+	rec := r.Record(0)
 	if rec.Choice.Source != selection.SourceHeader || rec.Choice.Asked != "{x" || selection.Result(rec.Err) != "malformed" ||
 		rec.Status != 400 || rec.Method != "GET" || rec.Target != "origin.test:80" {
 		t.Errorf("record %+v", rec)
@@ -473,8 +337,8 @@ func TestNoRoom(t *testing.T) {
 	t.Parallel()
 	var full atomic.Bool
 	full.Store(true)
-	r := newRig(t, func(o *httpproxy.Options) {
-		o.Group = group(t, auth.User{Name: "alice"})
+	r := newProxy(t, func(o *httpproxy.Options) {
+		o.Group = rig.Group(t, auth.User{Name: "alice"})
 		o.Admit = func() error {
 			if full.Load() {
 				return errors.New("out of everything")

@@ -71,7 +71,7 @@ func (x *exchange) relay(unwanted bool) outcome {
 
 	x.writeResponseHead(to, length, more)
 	x.resBody.start(&x.up, from, length, &x.s.response)
-	srcErr, dstErr := x.resBody.copyTo(&x.c.out, flow{frame: to, stall: x.s.o.Timeouts.Stall, patient: x.uploading})
+	srcErr, dstErr := x.resBody.copyTo(&x.c.out, flow{frame: to, stall: x.s.o.Timeouts.Stall, patient: x.uploading, budget: x.budgets()[1]})
 	if srcErr != nil || dstErr != nil {
 		return x.lost(h.status, srcErr, dstErr)
 	}

@@ -44,7 +44,7 @@ func TestConnect(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, func(o *httpproxy.Options) { o.ReportEgress = tt.report })
+			r := newProxy(t, func(o *httpproxy.Options) { o.ReportEgress = tt.report })
 			w := r.dial()
 			w.send(tt.req + "early ")
 			w.expect(tt.want + "early ")
@@ -59,11 +59,11 @@ func TestConnect(t *testing.T) {
 				t.Fatalf("%d bytes came back, %v", len(got), err)
 			}
 			n := int64(len(data) + len("early "))
-			if rec := r.record(0); rec.Status != 200 || rec.BytesIn != n || rec.BytesOut != n || rec.Err != nil || rec.Method != "CONNECT" {
+			if rec := r.Record(0); rec.Status != 200 || rec.BytesIn != n || rec.BytesOut != n || rec.Err != nil || rec.Method != "CONNECT" {
 				t.Errorf("record %+v", rec)
 			}
 			// A tunnel is off the books when it is over.
-			path := r.table.Path(r.record(0).Choice.Path)
+			path := r.Table.Path(r.Record(0).Choice.Path)
 			if c := path.Counters(); c.Open != 0 {
 				t.Errorf("%s has %d open connections", path.Name, c.Open)
 			}
@@ -74,18 +74,18 @@ func TestConnect(t *testing.T) {
 // When the path's address goes, its tunnels end.
 func TestKilledTunnel(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	w.send("CONNECT " + echo(t) + " HTTP/1.1\r\nX-Egress-Path: b\r\n\r\nx")
 	w.expect("HTTP/1.1 200 Connection established\r\n\r\nx")
 	gone := errors.New("address gone")
-	if n := r.table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), gone); n != 1 {
+	if n := r.Table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), gone); n != 1 {
 		t.Fatalf("%d connections ended", n)
 	}
 	if _, err := w.br.ReadByte(); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("the client reads %v, want a reset", err)
 	}
-	if rec := r.record(0); !errors.Is(rec.Err, gone) {
+	if rec := r.Record(0); !errors.Is(rec.Err, gone) {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -93,7 +93,7 @@ func TestKilledTunnel(t *testing.T) {
 // When it goes before the response, the client is told.
 func TestKilledForward(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	got := make(chan struct{})
 	at := script(t, func(_ int, w *wire) {
 		w.head()
@@ -103,8 +103,8 @@ func TestKilledForward(t *testing.T) {
 	w := r.dial()
 	w.send("GET http://" + at + "/ HTTP/1.1\r\nHost: x\r\nX-Egress-Path: b\r\n\r\n")
 	<-got
-	r.table.Path("out/b").SetFamilyState(selection.V4, escaper.Down, "address gone")
-	r.table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), selection.Refuse(selection.ErrDown, "path out/b is down: address gone"))
+	r.Table.Path("out/b").SetFamilyState(selection.V4, escaper.Down, "address gone")
+	r.Table.Path("out/b").Kill(netip.MustParsePrefix("127.0.0.2/32"), selection.Refuse(selection.ErrDown, "path out/b is down: address gone"))
 	if res, body := w.response("GET"); res.StatusCode != 503 || !strings.Contains(body, "address gone") {
 		t.Errorf("%s %q", res.Status, body)
 	}
@@ -139,7 +139,7 @@ func TestTimeouts(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, func(o *httpproxy.Options) { tt.set(&o.Timeouts) })
+			r := newProxy(t, func(o *httpproxy.Options) { tt.set(&o.Timeouts) })
 			start := time.Now()
 			w := r.dial()
 			w.send(tt.in)
@@ -171,7 +171,7 @@ func TestTimeouts(t *testing.T) {
 // that, is not one that does not answer.
 func TestResponseTimeCountsFromTheUpload(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, func(o *httpproxy.Options) { o.Timeouts.Response = 80 * time.Millisecond })
+	r := newProxy(t, func(o *httpproxy.Options) { o.Timeouts.Response = 80 * time.Millisecond })
 	at := origin(t, whoami)
 	w := r.dial()
 	w.send("PUT http://" + at + "/x HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n")
@@ -186,7 +186,7 @@ func TestResponseTimeCountsFromTheUpload(t *testing.T) {
 
 func TestShutdown(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	arrived, release := make(chan struct{}), make(chan struct{})
 	at := origin(t, func(w http.ResponseWriter, _ *http.Request) {
 		close(arrived)
@@ -206,7 +206,7 @@ func TestShutdown(t *testing.T) {
 	down := make(chan error, 1)
 	go func() { down <- r.server.Shutdown(ctx) }()
 	idle.ended()
-	if c, err := net.Dial("tcp", r.addr); err == nil {
+	if c, err := net.Dial("tcp", r.Addr); err == nil {
 		// The kernel may have queued it before the listener was closed.
 		_ = c.SetDeadline(time.Now().Add(patience))
 		if _, err := c.Read(make([]byte, 1)); err == nil {
@@ -255,7 +255,7 @@ func TestShutdownCuts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, nil)
+			r := newProxy(t, nil)
 			w := r.dial()
 			w.send(in)
 			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
@@ -275,7 +275,7 @@ func TestShutdownCuts(t *testing.T) {
 // What a sniffer has read comes first.
 func TestServeConn(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, whoami)
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
@@ -299,7 +299,7 @@ func TestServeConn(t *testing.T) {
 // A request that comes byte by byte.
 func TestByteByByte(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, whoami)
 	w := r.dial()
 	for range 2 {
@@ -315,14 +315,14 @@ func TestByteByByte(t *testing.T) {
 // Many clients at once, all kinds of requests, every answer right.
 func TestManyClients(t *testing.T) {
 	t.Parallel()
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	at := origin(t, whoami)
 	tunnels := echo(t)
 	const clients, requests = 32, 60
 	var wg sync.WaitGroup
 	for n := range clients {
 		wg.Go(func() {
-			w := dial(t, r.addr)
+			w := dial(t, r.Addr)
 			for i := range requests {
 				k := (n + i) % 3
 				path := string("abc"[k])
@@ -340,7 +340,7 @@ func TestManyClients(t *testing.T) {
 						return
 					}
 					_ = w.Close()
-					w = dial(t, r.addr)
+					w = dial(t, r.Addr)
 					continue
 				}
 				res, err := http.ReadResponse(w.br, nil)

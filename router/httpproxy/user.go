@@ -121,34 +121,15 @@ func (x *exchange) count() error {
 	return nil
 }
 
-// bandwidth is the narrower of the server's and the user's, 0 for none.
-func (x *exchange) bandwidth() uint64 {
-	b := x.s.o.Meter.Bandwidth()
+// budgets bound what the server and the user have passed, from the client and to
+// it.
+func (x *exchange) budgets() [2]relay.Budget {
+	var by *auth.Meter
 	if x.user != nil {
-		b = auth.Narrower(b, x.user.Meter.Bandwidth())
+		by = x.user.Meter
 	}
-	return b
-}
-
-// pace bounds both connections of a forwarded request. A client connection that
-// was bounded for another user's request is not any more.
-func (x *exchange) pace() error {
-	bits := x.bandwidth()
-	if bits == 0 && !x.c.paced { // kept upstream connections are of one user
-		return nil
-	}
-	for _, s := range [...]stream{x.c.tcp, x.conn.TCP} {
-		raw, err := s.SyscallConn()
-		if err != nil {
-			return err
-		}
-		ctl := raw.Control(func(fd uintptr) { err = relay.Pace(int(fd), bits) })
-		if err = errors.Join(ctl, err); err != nil {
-			return err
-		}
-	}
-	x.c.paced = bits > 0
-	return nil
+	up, down := auth.Bytes(x.s.o.Meter, by)
+	return [2]relay.Budget{up, down}
 }
 
 // end takes back what is counted, once.

@@ -15,6 +15,7 @@ import (
 	"wayout/router/auth"
 	"wayout/router/escaper"
 	"wayout/router/httpproxy"
+	"wayout/scripts/lab/rig"
 	"wayout/selection"
 )
 
@@ -34,9 +35,9 @@ func both(at, fields string) map[string]string {
 func TestUsernameParams(t *testing.T) {
 	t.Parallel()
 	at := origin(t, whoami)
-	r := newRig(t, func(o *httpproxy.Options) {
+	r := newProxy(t, func(o *httpproxy.Options) {
 		o.UsernameParams = true
-		o.Group = group(t, auth.User{Name: "a-l"})
+		o.Group = rig.Group(t, auth.User{Name: "a-l"})
 		o.Vet = func(q *escaper.Request) error {
 			if v, _, _ := q.Selection.For("out"); v.String() == "127.0.0.77" {
 				return selection.Refuse(selection.ErrMalformed, "not the path's address")
@@ -86,29 +87,22 @@ func TestUsernameParams(t *testing.T) {
 		}
 	}
 	// What the record says of them.
-	n := len(r.all())
+	n := r.Records()
 	w = r.dial()
 	w.send(both(at, basic("a-l-path-", "secret"))["GET"])
 	w.response("GET")
-	if rec := r.record(n); rec.User != "a-l" || rec.Choice.Source != selection.SourceUsername || rec.Choice.Asked != "-path-" {
+	if rec := r.Record(n); rec.User != "a-l" || rec.Choice.Source != selection.SourceUsername || rec.Choice.Asked != "-path-" {
 		t.Errorf("record %+v", rec)
 	}
-}
-
-// all returns the records so far.
-func (r *rig) all() []escaper.Record {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.records
 }
 
 // TestSession is handed on with the request.
 func TestSession(t *testing.T) {
 	t.Parallel()
 	var got *escaper.Request
-	r := newRig(t, func(o *httpproxy.Options) {
+	r := newProxy(t, func(o *httpproxy.Options) {
 		o.UsernameParams = true
-		o.Group = group(t, auth.User{Name: "al"})
+		o.Group = rig.Group(t, auth.User{Name: "al"})
 		o.Open = func(_ context.Context, q *escaper.Request) (*escaper.Conn, error) {
 			got = q
 			return nil, errors.New("enough")
@@ -130,7 +124,7 @@ func TestUsersByNetwork(t *testing.T) {
 	at := origin(t, whoami)
 	here, elsewhere := []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
 	users := func(from []netip.Prefix) *auth.Group {
-		return group(t,
+		return rig.Group(t,
 			auth.User{Name: "net", From: from, Selection: selection.Layer{{Escaper: "out", Value: selection.ID("b")}}},
 			auth.User{Name: "al"}, auth.User{Name: "bo", From: elsewhere},
 		)
@@ -147,11 +141,11 @@ func TestUsersByNetwork(t *testing.T) {
 		{"a password from elsewhere", basic("bo", "secret"), "", here, 407},
 		{"a user without a password", basic("net", "secret"), "", here, 407},
 	} {
-		r := newRig(t, func(o *httpproxy.Options) { o.Group = users(c.from) })
+		r := newProxy(t, func(o *httpproxy.Options) { o.Group = users(c.from) })
 		w := r.dial()
 		w.send(both(at, c.fields)["GET"])
 		res, body := w.response("GET")
-		if rec := r.record(0); res.StatusCode != c.status || rec.User != c.user {
+		if rec := r.Record(0); res.StatusCode != c.status || rec.User != c.user {
 			t.Errorf("%s: %s, record %+v", c.name, res.Status, rec)
 		}
 		if c.user == "net" && body != "127.0.0.2 /" {
@@ -166,8 +160,8 @@ func TestLimits(t *testing.T) {
 	at, far := origin(t, whoami), echo(t)
 	server := auth.NewMeter(auth.Limits{Connections: 2}, nil)
 	user := auth.NewMeter(auth.Limits{Connections: 1}, nil)
-	r := newRig(t, func(o *httpproxy.Options) {
-		o.Group = group(t, auth.User{Name: "al", Meter: user}, auth.User{Name: "bo"})
+	r := newProxy(t, func(o *httpproxy.Options) {
+		o.Group = rig.Group(t, auth.User{Name: "al", Meter: user}, auth.User{Name: "bo"})
 		o.Meter = server
 	})
 	al, bo := basic("al", "secret"), basic("bo", "secret")
@@ -235,7 +229,7 @@ func TestServerSelection(t *testing.T) {
 	at := origin(t, whoami)
 	var mu sync.Mutex
 	var asked []string
-	r := newRig(t, func(o *httpproxy.Options) {
+	r := newProxy(t, func(o *httpproxy.Options) {
 		o.ServerSelection = func(local netip.AddrPort) selection.Layer {
 			mu.Lock()
 			defer mu.Unlock()
@@ -254,10 +248,10 @@ func TestServerSelection(t *testing.T) {
 	w.response("GET")
 	mu.Lock()
 	defer mu.Unlock()
-	if len(asked) != 3 || asked[0] != r.addr || asked[2] != r.addr {
+	if len(asked) != 3 || asked[0] != r.Addr || asked[2] != r.Addr {
 		t.Errorf("asked for %v", asked)
 	}
-	if rec := r.record(0); rec.Choice.Source != selection.SourceServer {
+	if rec := r.Record(0); rec.Choice.Source != selection.SourceServer {
 		t.Errorf("record %+v", rec)
 	}
 }

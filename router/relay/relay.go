@@ -126,8 +126,8 @@ type Spec struct {
 	// Idle ends the tunnel when no byte moved either way for this long; Total
 	// when it is this old; 0: never.
 	Idle, Total time.Duration
-	// Bandwidth bounds each direction, in bits a second; 0: no bound. See Pace.
-	Bandwidth uint64
+	// Budgets bound A to B and B to A together with all others that spend them.
+	Budgets [2]Budget
 	// Done is called exactly once for each tunnel that Start returned, after
 	// both descriptors are closed. It runs on a goroutine that only makes such
 	// calls, one for each worker: it may block, and then delays the Done calls
@@ -229,16 +229,16 @@ func (e *Engine) Start(s Spec) (*Tunnel, error) {
 	if s.Total > 0 {
 		t.end = t.last + int64(s.Total)
 	}
+	for i, b := range s.Budgets {
+		if len(b) > 0 {
+			t.dir[i].budget = b
+		}
+	}
+	t.dir[0].spend(len(s.ToB))
+	t.dir[1].spend(len(s.ToA))
 	t.dir[0].prefix(s.B, s.ToB)
 	t.dir[1].prefix(s.A, s.ToA)
-	var err error
-	if s.Bandwidth > 0 {
-		err = errors.Join(Pace(s.A, s.Bandwidth), Pace(s.B, s.Bandwidth))
-	}
-	if err == nil {
-		err = w.add(t)
-	}
-	if err != nil {
+	if err := w.add(t); err != nil {
 		reset(s.A)
 		if s.B != s.A {
 			reset(s.B) // a number given twice must not be closed twice

@@ -69,6 +69,9 @@ type direction struct {
 	streak uint8  // large reads (copying) or small ones (splicing) in a row
 	splice bool   // bulk
 	copies bool   // the sockets cannot be spliced
+	queued bool   // waits for its turn
+	budget Budget // nil: no bound
+	taken  int    // from budget, and not read yet
 	eof    bool   // the source has ended
 	shut   bool   // and the far side knows
 }
@@ -131,7 +134,7 @@ func (t *Tunnel) handle(side int, events uint32) {
 		return // an event of this batch, for the other descriptor
 	}
 	from, to := &t.dir[side], &t.dir[1-side]
-	reading := !from.eof && !from.waiting()
+	reading := !from.eof && !from.waiting() && !from.queued
 	if events&(unix.EPOLLOUT|bad) != 0 && to.waiting() {
 		// What the far side takes makes room for more, which is most likely
 		// there: reading it here saves turning EPOLLIN on and off again.
@@ -159,6 +162,11 @@ func (t *Tunnel) handle(side int, events uint32) {
 			return
 		}
 	}
+	t.armAll()
+}
+
+// armAll makes epoll watch both sides for what they are wanted for.
+func (t *Tunnel) armAll() {
 	for s := range t.fd {
 		if err := t.arm(s); err != nil {
 			t.fail(s, "poll", err)
@@ -170,7 +178,7 @@ func (t *Tunnel) handle(side int, events uint32) {
 // want returns what a side is to be watched for.
 func (t *Tunnel) want(side int) uint32 {
 	var mask uint32
-	if from := &t.dir[side]; !from.eof && !from.waiting() {
+	if from := &t.dir[side]; !from.eof && !from.waiting() && !from.queued {
 		mask = unix.EPOLLIN
 	}
 	if t.dir[1-side].waiting() {
@@ -198,15 +206,25 @@ func (t *Tunnel) arm(side int) error {
 	return nil
 }
 
-// fill moves bytes of a direction that holds none.
+// fill moves bytes of a direction that holds none, unless it waits for its
+// turn.
 func (t *Tunnel) fill(dir int) {
 	d := &t.dir[dir]
+	if d.queued {
+		return
+	}
 	for range t.w.e.tune.passes {
+		most := math.MaxInt
+		if d.budget != nil {
+			if most = t.allowance(dir); most == 0 {
+				break
+			}
+		}
 		var more bool
 		if d.splice {
-			more = t.spliceOnce(dir)
+			more = t.spliceOnce(dir, most)
 		} else {
-			more = t.copyOnce(dir)
+			more = t.copyOnce(dir, most)
 		}
 		if !more {
 			break
@@ -219,10 +237,11 @@ func (t *Tunnel) fill(dir int) {
 	}
 }
 
-// copyOnce reads once and writes what it read. It says whether to go on.
-func (t *Tunnel) copyOnce(dir int) bool {
+// copyOnce reads once, at most so many bytes, and writes what it read. It says
+// whether to go on.
+func (t *Tunnel) copyOnce(dir, most int) bool {
 	d, tune := &t.dir[dir], &t.w.e.tune
-	b := t.w.buf
+	b := t.w.buf[:min(len(t.w.buf), most)]
 	n, err := read(int(t.fd[dir]), b)
 	switch {
 	case errors.Is(err, unix.EAGAIN):
@@ -235,6 +254,7 @@ func (t *Tunnel) copyOnce(dir int) bool {
 		return false
 	}
 	t.last = t.w.now
+	d.spend(n)
 	m, err := write(int(t.fd[1-dir]), b[:n])
 	if err != nil && !errors.Is(err, unix.EAGAIN) {
 		t.fail(1-dir, "write", err)
@@ -267,15 +287,16 @@ func (t *Tunnel) hold(d *direction, b []byte) {
 	d.held = d.big[:copy(d.big, b)]
 }
 
-// spliceOnce moves one pipe of bytes. It says whether to go on.
-func (t *Tunnel) spliceOnce(dir int) bool {
+// spliceOnce moves one pipe of bytes, or at most so many. It says whether to go
+// on.
+func (t *Tunnel) spliceOnce(dir, most int) bool {
 	d, tune := &t.dir[dir], &t.w.e.tune
 	if d.pipe == nil {
 		if d.pipe = t.w.borrow(); d.pipe == nil {
-			return t.copyOnce(dir)
+			return t.copyOnce(dir, most)
 		}
 	}
-	n, err := splice(int(t.fd[dir]), d.pipe.w, t.w.e.share())
+	n, err := splice(int(t.fd[dir]), d.pipe.w, min(t.w.e.share(), most))
 	switch {
 	case errors.Is(err, unix.EAGAIN):
 		return false
@@ -291,12 +312,13 @@ func (t *Tunnel) spliceOnce(dir int) bool {
 	}
 	t.last = t.w.now
 	d.pipe.n = n
-	if n >= tune.small {
+	d.spend(n)
+	if n >= min(tune.small, most) {
 		d.streak = 0
 	} else if d.streak++; int(d.streak) >= tune.smalls {
 		d.splice, d.streak = false, 0
 	}
-	return t.drainPipe(dir) && n >= tune.small
+	return t.drainPipe(dir) && n >= min(tune.small, most)
 }
 
 // drain writes what a direction holds; its source has not ended, for the end is

@@ -36,6 +36,7 @@ type worker struct {
 	bigFree [][]byte // empty buffers for held bytes, bounded by maxFree
 	pipes   pipes
 	dead    []*Tunnel // ended in this batch
+	turns   turns     // of tunnels that wait for their budgets
 
 	mu       sync.Mutex
 	ep, evt  int
@@ -250,6 +251,7 @@ func (w *worker) run() {
 		for _, r := range todo {
 			r.t.handle(r.side, r.events)
 		}
+		w.takeTurns()
 		for _, k := range steps {
 			k.step()
 		}
@@ -345,6 +347,9 @@ func (w *worker) wait() int {
 	w.until = math.MaxInt64
 	if due, ok := w.wheel.next(); ok {
 		w.until = due
+	}
+	if len(w.turns) > 0 {
+		w.until = min(w.until, w.turns[0].due)
 	}
 	if len(w.pipes.free) > 0 {
 		w.until = min(w.until, w.pipes.trimAt)

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"wayout/router/auth"
 	"wayout/router/escaper"
 	"wayout/router/relay"
 	"wayout/router/socks/client"
@@ -25,13 +26,14 @@ import (
 // An association passes the datagrams of one client (RFC 1928, section 7). What
 // is wrong with a datagram is that datagram's end alone.
 type association struct {
-	s     *Server
-	k     *relay.Task
-	ctx   context.Context // ends with the association
-	near  *net.UDPConn    // the client's side
-	far   escaper.PacketConn
-	owner netip.Addr // whose datagrams these are
-	port  uint16     // that the client said it would send from; 0: that of its first datagram
+	s      *Server
+	k      *relay.Task
+	ctx    context.Context // ends with the association
+	near   *net.UDPConn    // the client's side
+	police [2]relay.Police // from the client, and to it
+	far    escaper.PacketConn
+	owner  netip.Addr // whose datagrams these are
+	port   uint16     // that the client said it would send from; 0: that of its first datagram
 
 	peer     atomic.Pointer[netip.AddrPort] // where the client sends from; nil: it has not yet
 	last     atomic.Int64                   // when a datagram passed, either way: Unix time, ns
@@ -89,7 +91,7 @@ func (c *conn) associate(from client.Addr) bool {
 		return false
 	}
 	c.drop()
-	a := &association{s: c.s, k: c.k, near: near, far: far, owner: c.client.Addr(), names: map[string][]datagram{}}
+	a := &association{police: c.police(), s: c.s, k: c.k, near: near, far: far, owner: c.client.Addr(), names: map[string][]datagram{}}
 	// An address that is not the client's own, as behind an address
 	// translation, says nothing of the port either.
 	if ip := from.IP.Unmap(); ip.IsValid() && (ip.IsUnspecified() || ip == a.owner) {
@@ -101,16 +103,26 @@ func (c *conn) associate(from client.Addr) bool {
 	return false
 }
 
+// police bounds the datagrams of the server and the user, from the client and to
+// it.
+func (c *conn) police() [2]relay.Police {
+	up, down := auth.Bytes(c.s.o.Meter, c.t.meter())
+	ownUp, ownDown := auth.Datagrams(c.s.o.Meter, c.t.meter())
+	return [2]relay.Police{{Own: ownUp, Of: up}, {Own: ownDown, Of: down}}
+}
+
 // run passes datagrams until the association ends, and says why it ended: nil
 // when the client closed.
 func (a *association) run(c *conn) error {
 	ctx, cancel := context.WithCancel(a.s.front.Context())
 	a.ctx = ctx
+	a.s.o.AssociationsOpen.Add(1)
+	defer a.s.o.AssociationsOpen.Add(-1)
 	a.touch()
+	a.far.OnKill(a.k.Kill)
 	var loops sync.WaitGroup
 	loops.Go(a.toFar)
 	loops.Go(a.toNear)
-	a.far.OnKill(a.k.Kill)
 	err := a.await(c.fd)
 	a.k.Leave()
 	cancel()
@@ -155,6 +167,12 @@ func (a *association) await(fd int) error {
 	}
 }
 
+// drop counts a datagram that is not passed on.
+func (a *association) drop() {
+	a.dropped.Add(1)
+	a.s.o.DatagramsDropped.Add(1)
+}
+
 func (a *association) touch() { a.last.Store(time.Now().UnixNano()) }
 
 // A patience tells errors that pass from a socket that is of no more use.
@@ -168,7 +186,7 @@ func (p *patience) goesOn(a *association, err error) bool {
 	if a.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 		return false
 	}
-	a.dropped.Add(1)
+	a.drop()
 	if p.failed++; p.failed >= maxFailures {
 		a.k.Kill(err)
 		return false
@@ -187,7 +205,7 @@ func (a *association) toFar() {
 			return
 		}
 		if err == nil && !a.take(buf[:n], src) {
-			a.dropped.Add(1)
+			a.drop()
 		}
 	}
 }
@@ -209,6 +227,9 @@ func (a *association) take(b []byte, src netip.AddrPort) bool {
 		a.peer.Store(&src)
 	}
 	a.touch()
+	if !a.police[0].Pass(time.Now(), len(payload)) {
+		return false
+	}
 	if to.Host != "" {
 		return a.later(to, payload)
 	}
@@ -226,7 +247,7 @@ func (a *association) owns(src netip.AddrPort) bool {
 
 func (a *association) send(to escaper.Target, payload []byte) {
 	if a.far.Send(a.ctx, to, payload) != nil {
-		a.dropped.Add(1)
+		a.drop()
 		return
 	}
 	a.out.Add(int64(len(payload)))
@@ -285,8 +306,12 @@ func (a *association) toNear() {
 		peer := a.peer.Load()
 		if err != nil || peer == nil {
 			if err == nil {
-				a.dropped.Add(1)
+				a.drop()
 			}
+			continue
+		}
+		if !a.police[1].Pass(time.Now(), n) {
+			a.drop()
 			continue
 		}
 		var head [room]byte
@@ -297,7 +322,7 @@ func (a *association) toNear() {
 			_, err = a.near.WriteToUDPAddrPort(buf[begin:room+n], *peer)
 		}
 		if err != nil {
-			a.dropped.Add(1)
+			a.drop()
 			continue
 		}
 		a.touch()

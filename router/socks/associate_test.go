@@ -171,10 +171,10 @@ type assoc struct {
 const associate = "\x05\x03\x00"
 
 // udpRig is a rig with associations, of which the last one's far side is in far.
-func udpRig(tb testing.TB, change func(*socks.Options)) (r *rig, far func() *packets) {
+func udpRig(tb testing.TB, change func(*socks.Options)) (r *proxy, far func() *packets) {
 	var mu sync.Mutex
 	var last *packets
-	r = newRig(tb, func(o *socks.Options) {
+	r = newProxy(tb, func(o *socks.Options) {
 		o.OpenPacket = func(_ context.Context, q *escaper.Request) (escaper.PacketConn, error) {
 			if v, _, ok := q.Selection.For("out"); ok && v.String() == "off" {
 				return nil, selection.ErrDown
@@ -199,15 +199,15 @@ func udpRig(tb testing.TB, change func(*socks.Options)) (r *rig, far func() *pac
 	}
 }
 
-func (r *rig) associate(u *net.UDPConn, from string) *assoc {
-	r.tb.Helper()
+func (r *proxy) associate(u *net.UDPConn, from string) *assoc {
+	r.TB.Helper()
 	w := r.dial()
 	w.send(hello + associate + from)
 	w.expect(fine + "\x05\x00\x00\x01")
 	b := w.take(6)
 	to := netip.AddrPortFrom(netip.AddrFrom4([4]byte([]byte(b))), uint16(b[4])<<8|uint16(b[5]))
 	if err := u.SetDeadline(time.Now().Add(6 * patience)); err != nil {
-		r.tb.Fatal(err)
+		r.TB.Fatal(err)
 	}
 	return &assoc{wire: w, udp: u, relay: to}
 }
@@ -261,7 +261,7 @@ func TestAssociation(t *testing.T) {
 		}
 	}
 	_ = a.Close()
-	rec := r.record(0)
+	rec := r.Record(0)
 	const out = 4 * (5 + 60000)
 	in := int64(out + 9*len("127.0.0.2 ") + 3*len("::1 "))
 	if rec.Method != "UDP" || rec.Status != 200 || rec.Err != nil || rec.BytesOut != out || rec.BytesIn != in || rec.Dropped != 0 ||
@@ -318,7 +318,7 @@ func TestAssociationDrops(t *testing.T) {
 		t.Fatalf("got %q", got)
 	}
 	_ = a.Close()
-	if rec := r.record(0); rec.Dropped != int64(len(bad))+3 || rec.BytesOut != int64(len("firstsecond")) {
+	if rec := r.Record(0); rec.Dropped != int64(len(bad))+3 || rec.BytesOut != int64(len("firstsecond")) {
 		t.Errorf("%d bad, record %+v", len(bad), rec)
 	}
 }
@@ -357,7 +357,7 @@ func TestAssociationNobody(t *testing.T) {
 		t.Fatal("nobody receives")
 	}
 	_ = a.Close()
-	if rec := r.record(0); rec.BytesIn != 0 {
+	if rec := r.Record(0); rec.BytesIn != 0 {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -401,7 +401,7 @@ func TestManySlowNames(t *testing.T) {
 		a.hear()
 	}
 	_ = a.Close()
-	if rec := r.record(0); rec.Dropped != n {
+	if rec := r.Record(0); rec.Dropped != n {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -409,15 +409,15 @@ func TestManySlowNames(t *testing.T) {
 func TestAssociationEnds(t *testing.T) {
 	gone := errors.New("address gone")
 	for name, c := range map[string]struct {
-		end  func(r *rig, a *assoc, far *packets)
+		end  func(r *proxy, a *assoc, far *packets)
 		want error
 	}{
-		"the client closes":             {func(_ *rig, a *assoc, _ *packets) { _ = a.Close() }, nil},
-		"the client ends its half":      {func(_ *rig, a *assoc, _ *packets) { _ = a.CloseWrite() }, nil},
-		"the path goes":                 {func(_ *rig, _ *assoc, far *packets) { far.killer()(gone) }, gone},
-		"the server stops":              {func(r *rig, _ *assoc, _ *packets) { r.cut() }, escaper.ErrClosed},
-		"the socket is of no use":       {func(_ *rig, _ *assoc, far *packets) { far.fail(gone) }, gone},
-		"the client says what it wants": {func(_ *rig, a *assoc, _ *packets) { a.send("junk"); _ = a.Close() }, nil},
+		"the client closes":             {func(_ *proxy, a *assoc, _ *packets) { _ = a.Close() }, nil},
+		"the client ends its half":      {func(_ *proxy, a *assoc, _ *packets) { _ = a.CloseWrite() }, nil},
+		"the path goes":                 {func(_ *proxy, _ *assoc, far *packets) { far.killer()(gone) }, gone},
+		"the server stops":              {func(r *proxy, _ *assoc, _ *packets) { r.cut() }, escaper.ErrClosed},
+		"the socket is of no use":       {func(_ *proxy, _ *assoc, far *packets) { far.fail(gone) }, gone},
+		"the client says what it wants": {func(_ *proxy, a *assoc, _ *packets) { a.send("junk"); _ = a.Close() }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, far := udpRig(t, nil)
@@ -426,7 +426,7 @@ func TestAssociationEnds(t *testing.T) {
 			a.say(plain + to + "x")
 			a.hear()
 			c.end(r, a, far())
-			if rec := r.record(0); !errors.Is(rec.Err, c.want) || c.want == nil && rec.Err != nil || rec.Status != 200 {
+			if rec := r.Record(0); !errors.Is(rec.Err, c.want) || c.want == nil && rec.Err != nil || rec.Status != 200 {
 				t.Errorf("record %+v", rec)
 			}
 			if !within(func() bool { return r.server.Open() == 0 }) {
@@ -441,7 +441,7 @@ func TestAssociationEnds(t *testing.T) {
 	}
 }
 
-func (r *rig) cut() {
+func (r *proxy) cut() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	_ = r.server.Shutdown(ctx)
@@ -476,7 +476,7 @@ func TestAssociationIdle(t *testing.T) {
 	if took := time.Since(began); took < 2*time.Second {
 		t.Errorf("it ends after %v", took)
 	}
-	if rec := r.record(0); !errors.Is(rec.Err, relay.ErrIdle) || rec.BytesOut != 10 {
+	if rec := r.Record(0); !errors.Is(rec.Err, relay.ErrIdle) || rec.BytesOut != 10 {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -495,10 +495,10 @@ func TestAssociationRefused(t *testing.T) {
 	w.send(hello + associate + anywhere)
 	w.expect(fine + refused(1))
 	w.ended()
-	if rec := r.record(0); rec.Status != 503 || rec.Method != "UDP" {
+	if rec := r.Record(0); rec.Status != 503 || rec.Method != "UDP" {
 		t.Errorf("record %+v", rec)
 	}
-	if rec := r.record(1); rec.Status != 503 || !errors.Is(rec.Err, fault) {
+	if rec := r.Record(1); rec.Status != 503 || !errors.Is(rec.Err, fault) {
 		t.Errorf("record %+v", rec)
 	}
 	select {

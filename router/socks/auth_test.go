@@ -12,6 +12,7 @@ import (
 	"wayout/router/httpproxy"
 	"wayout/router/relay"
 	"wayout/router/socks"
+	"wayout/scripts/lab/rig"
 	"wayout/selection"
 )
 
@@ -19,8 +20,8 @@ func TestAuthentication(t *testing.T) {
 	at := origin(t, "127.0.0.1")
 	to := addr(t, at.String())
 	far := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}
-	r := newRig(t, func(o *socks.Options) {
-		o.Group = group(t, auth.User{Name: "al"}, auth.User{Name: "bo", From: far}, auth.User{Name: "net", From: far})
+	r := newProxy(t, func(o *socks.Options) {
+		o.Group = rig.Group(t, auth.User{Name: "al"}, auth.User{Name: "bo", From: far}, auth.User{Name: "net", From: far})
 	})
 	n := 0
 	for _, c := range []struct {
@@ -45,11 +46,11 @@ func TestAuthentication(t *testing.T) {
 			_ = w.CloseWrite()
 			w.expect(c.want)
 			w.ended()
-			if rec := r.record(n); rec.Status != c.status || rec.Err == nil || rec.User != "" {
+			if rec := r.Record(n); rec.Status != c.status || rec.Err == nil || rec.User != "" {
 				t.Errorf("record %+v", rec)
 			}
 			r.good("\x05\x02\x00\x02"+credentials("al", "secret")+connect(to), 14)
-			if rec := r.record(n + 1); rec.Status != 200 || rec.User != "al" {
+			if rec := r.Record(n + 1); rec.Status != 200 || rec.User != "al" {
 				t.Errorf("record of the good one: %+v", rec)
 			}
 			n += 2
@@ -65,9 +66,9 @@ func TestRequest(t *testing.T) {
 	}
 	var got *escaper.Request
 	stop := errors.New("enough")
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Extension, o.UsernameParams = true, true
-		o.Group = group(t, auth.User{Name: "a-l", Selection: selection.Layer{{Escaper: "x", Value: selection.Index(1)}}, Allow: globs})
+		o.Group = rig.Group(t, auth.User{Name: "a-l", Selection: selection.Layer{{Escaper: "x", Value: selection.Index(1)}}, Allow: globs})
 		o.Open = func(_ context.Context, q *escaper.Request) (*escaper.Conn, error) {
 			got = q
 			return nil, stop
@@ -78,10 +79,10 @@ func TestRequest(t *testing.T) {
 		credentials("a-l-path-in~a-session-s1-lifetime-10-strict-on", "secret") + connect(domain("Host.test", 443)))
 	w.expect("\x05\xe9\x01\x00\x02\x01\x00" + refused(1))
 	w.ended()
-	if rec := r.record(0); !errors.Is(rec.Err, stop) || rec.User != "a-l" || rec.Target != "Host.test:443" {
+	if rec := r.Record(0); !errors.Is(rec.Err, stop) || rec.User != "a-l" || rec.Target != "Host.test:443" {
 		t.Errorf("record %+v", rec)
 	}
-	if got.Server != "socks" || got.Escaper != "out" || got.Client.String() != w.LocalAddr().String() || got.Local.String() != r.addr ||
+	if got.Server != "socks" || got.Escaper != "out" || got.Client.String() != w.LocalAddr().String() || got.Local.String() != r.Addr ||
 		got.Group != "team" || got.User != "a-l" || got.Allow != globs || got.Target != (escaper.Target{Host: "Host.test", Port: 443}) || got.Reuse {
 		t.Errorf("request %+v", got)
 	}
@@ -101,9 +102,9 @@ func TestRequest(t *testing.T) {
 func TestUsernameParams(t *testing.T) {
 	at := origin(t, "127.0.0.1")
 	to := addr(t, at.String())
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.UsernameParams = true
-		o.Group = group(t, auth.User{Name: "al"})
+		o.Group = rig.Group(t, auth.User{Name: "al"})
 		o.Vet = func(q *escaper.Request) error {
 			if v, _, _ := q.Selection.For("out"); v.String() == "127.0.0.77" {
 				return selection.Refuse(selection.ErrMalformed, "the path has another address")
@@ -124,7 +125,7 @@ func TestUsernameParams(t *testing.T) {
 		}
 		_ = w.CloseWrite()
 		w.ended()
-		if rec := r.record(n); rec.Choice.Source != selection.SourceUsername || rec.User != "al" || rec.Choice.Path != "out/b" {
+		if rec := r.Record(n); rec.Choice.Source != selection.SourceUsername || rec.User != "al" || rec.Choice.Path != "out/b" {
 			t.Errorf("%s: record %+v", name, rec)
 		}
 		n++
@@ -154,7 +155,7 @@ func TestUsernameParams(t *testing.T) {
 		w.send("\x05\x01\x02" + credentials(c.name, c.password))
 		w.expect("\x05\x02\x01\x01")
 		w.ended()
-		rec := r.record(n)
+		rec := r.Record(n)
 		if rec.Status != c.status || errors.Is(rec.Err, selection.ErrMalformed) != (c.status == 400) {
 			t.Errorf("%s: record %+v", c.name, rec)
 		}
@@ -172,7 +173,7 @@ func TestAuthBusy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Group = g
 		o.Timeouts.Auth = 1 // a nanosecond: the check cannot be in time
 	})
@@ -180,7 +181,7 @@ func TestAuthBusy(t *testing.T) {
 	w.send("\x05\x01\x02" + credentials("al", "secret"))
 	w.expect("\x05\x02\x01\x01")
 	w.ended()
-	if rec := r.record(0); rec.Status != 503 || !errors.Is(rec.Err, context.DeadlineExceeded) {
+	if rec := r.Record(0); rec.Status != 503 || !errors.Is(rec.Err, context.DeadlineExceeded) {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -191,7 +192,7 @@ func TestMixed(t *testing.T) {
 	port := string([]byte{byte(at.Port() >> 8), byte(at.Port())})
 	var front *relay.Front
 	var http *httpproxy.Server
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		front = relay.NewFront(relay.FrontOptions{Name: "any", Relay: o.Relay})
 		o.Front = front
 		var err error
@@ -206,7 +207,7 @@ func TestMixed(t *testing.T) {
 		}
 		return http.Begin
 	}}
-	l := listener(t, "127.0.0.1")
+	l := rig.Listen(t, "127.0.0.1")
 	served := make(chan error, 1)
 	go func() { served <- m.Serve(l) }()
 	silent := dial(t, l.Addr().String()) // accepted before those that follow

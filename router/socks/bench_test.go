@@ -11,12 +11,12 @@ import (
 // BenchmarkConnect is a tunnel with one exchange in it, from dial to close: all
 // four ends in this process.
 func BenchmarkConnect(b *testing.B) {
-	r := newRig(b, func(o *socks.Options) { o.Observe = nil })
+	r := newProxy(b, func(o *socks.Options) { o.Observe = nil })
 	to := connect(addr(b, origin(b, "127.0.0.1").String()))
 	buf := make([]byte, 64)
 	b.ReportAllocs()
 	for b.Loop() {
-		c, err := net.Dial("tcp", r.addr)
+		c, err := net.Dial("tcp", r.Addr)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -134,11 +134,12 @@ func (c *conn) tunnel(conn *escaper.Conn) bool {
 	}
 	t := c.t
 	t.conn = conn
+	up, down := auth.Bytes(c.s.o.Meter, t.meter())
 	t.rec.Status = http.StatusOK
 	handle, err := c.s.o.Relay.Start(relay.Spec{
 		A: c.fd, B: far, Task: c.k, ToB: c.unread(), ToA: conn.Early,
-		Bandwidth: auth.Narrower(c.s.o.Meter.Bandwidth(), t.meter().Bandwidth()),
-		Idle:      c.s.o.Timeouts.TunnelIdle, Done: t.done, Prompt: c.s.o.Prompt,
+		Budgets: [2]relay.Budget{up, down},
+		Idle:    c.s.o.Timeouts.TunnelIdle, Done: t.done, Prompt: c.s.o.Prompt,
 	})
 	c.drop()
 	if err != nil {
@@ -159,7 +160,7 @@ func (c *conn) tunnel(conn *escaper.Conn) bool {
 
 // done is told how the tunnel ended; its descriptors are closed.
 func (t *tunnel) done(r relay.Result) {
-	t.conn.Release()
+	t.conn.Release(r.Cause)
 	if t.s.o.Observe != nil {
 		t.rec.Duration = time.Since(t.rec.Start)
 		t.rec.BytesOut, t.rec.BytesIn, t.rec.Err = r.AToB, r.BToA, r.Cause

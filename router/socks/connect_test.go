@@ -15,6 +15,7 @@ import (
 	"wayout/router/relay"
 	"wayout/router/socks"
 	"wayout/router/socks/client"
+	"wayout/scripts/lab/rig"
 	"wayout/selection"
 )
 
@@ -63,9 +64,9 @@ func ways() map[string]func(w *wire, all []message, extra string) string {
 }
 
 func TestConnect(t *testing.T) {
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Extension = true
-		o.Group = group(t, auth.User{Name: "al"}, auth.User{Name: "net", From: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}})
+		o.Group = rig.Group(t, auth.User{Name: "al"}, auth.User{Name: "net", From: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}})
 	})
 	four, six := origin(t, "127.0.0.1"), origin(t, "::1")
 	port := string([]byte{byte(four.Port() >> 8), byte(four.Port())})
@@ -116,7 +117,7 @@ func TestConnect(t *testing.T) {
 				}
 				_ = w.CloseWrite()
 				w.ended()
-				rec := r.record(n)
+				rec := r.Record(n)
 				n++
 				if rec.Status != 200 || rec.Err != nil || rec.Method != "CONNECT" || rec.Source != seen || rec.Server != "socks" ||
 					rec.BytesOut != 9 || rec.BytesIn != int64(len(seen.String())+1+9) || rec.Client.String() != w.LocalAddr().String() {
@@ -154,7 +155,7 @@ func boundOf(t *testing.T, reply string) netip.AddrPort {
 func TestMalformed(t *testing.T) {
 	at := origin(t, "127.0.0.1")
 	to := addr(t, at.String())
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Extension = true
 		o.Timeouts.Linger = 50 * time.Millisecond
 	})
@@ -213,11 +214,11 @@ func TestMalformed(t *testing.T) {
 			_ = w.CloseWrite()
 			w.expect(c.want)
 			w.ended()
-			if rec := r.record(n); rec.Status != c.status || rec.Err == nil {
+			if rec := r.Record(n); rec.Status != c.status || rec.Err == nil {
 				t.Errorf("record %+v", rec)
 			}
 			r.good(hello+connect(to), 12)
-			if rec := r.record(n + 1); rec.Status != 200 {
+			if rec := r.Record(n + 1); rec.Status != 200 {
 				t.Errorf("record of the good one: %+v", rec)
 			}
 			n += 2
@@ -228,7 +229,7 @@ func TestMalformed(t *testing.T) {
 // TestExtensionIsOff: then the method is one that we do not know.
 func TestExtensionIsOff(t *testing.T) {
 	at := origin(t, "127.0.0.1")
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	r.good("\x05\x02\xe9\x00"+connect(addr(t, at.String())), 12)
 	w := r.dial()
 	w.send("\x05\x01\xe9")
@@ -239,7 +240,7 @@ func TestExtensionIsOff(t *testing.T) {
 // TestReplies: one table from errors to codes.
 func TestReplies(t *testing.T) {
 	var fault error
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Open = func(context.Context, *escaper.Request) (*escaper.Conn, error) {
 			return nil, fmt.Errorf("wrapped: %w", fault)
 		}
@@ -278,7 +279,7 @@ func TestReplies(t *testing.T) {
 		w.send(hello + connect(addr(t, "192.0.2.1:80")))
 		w.expect(fine + refused(c.code))
 		w.ended()
-		if rec := r.record(n); rec.Status != c.status || !errors.Is(rec.Err, c.err) || rec.Target != "192.0.2.1:80" {
+		if rec := r.Record(n); rec.Status != c.status || !errors.Is(rec.Err, c.err) || rec.Target != "192.0.2.1:80" {
 			t.Errorf("%v: record %+v", c.err, rec)
 		}
 		n++
@@ -286,7 +287,7 @@ func TestReplies(t *testing.T) {
 		w.send("\x04\x01\x00\x50\xc0\x00\x02\x01\x00")
 		w.expect(reply4)
 		w.ended()
-		if rec := r.record(n); rec.Status != c.status {
+		if rec := r.Record(n); rec.Status != c.status {
 			t.Errorf("%v: record %+v", c.err, rec)
 		}
 		n++
@@ -296,7 +297,7 @@ func TestReplies(t *testing.T) {
 // TestRefusals by the real door.
 func TestRefusals(t *testing.T) {
 	gone := origin(t, "127.0.0.1")
-	r := newRig(t, func(o *socks.Options) { o.Extension = true })
+	r := newProxy(t, func(o *socks.Options) { o.Extension = true })
 	for _, c := range []struct {
 		path, to string
 		code     byte
@@ -317,7 +318,7 @@ func TestRefusals(t *testing.T) {
 		w.ended()
 	}
 	// The choice is known where there was one.
-	if rec := r.record(1); rec.Choice.Path != "out/off" || rec.Choice.Source != selection.SourceSOCKS || rec.Choice.Asked != "off" {
+	if rec := r.Record(1); rec.Choice.Path != "out/off" || rec.Choice.Source != selection.SourceSOCKS || rec.Choice.Asked != "off" {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -327,7 +328,7 @@ func TestRefusals(t *testing.T) {
 func TestServerSelection(t *testing.T) {
 	at := origin(t, "127.0.0.1")
 	var asked []netip.AddrPort // on the only worker
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.ServerSelection = func(local netip.AddrPort) selection.Layer {
 			asked = append(asked, local)
 			return selection.Layer{{Escaper: "out", Value: selection.ID("b")}}
@@ -341,22 +342,22 @@ func TestServerSelection(t *testing.T) {
 	}
 	_ = w.CloseWrite()
 	w.ended()
-	if rec := r.record(0); rec.Choice.Source != selection.SourceServer {
+	if rec := r.Record(0); rec.Choice.Source != selection.SourceServer {
 		t.Errorf("record %+v", rec)
 	}
-	if len(asked) != 1 || asked[0].String() != r.addr {
+	if len(asked) != 1 || asked[0].String() != r.Addr {
 		t.Errorf("asked for %v", asked)
 	}
 }
 
 func TestAdmit(t *testing.T) {
 	full := errors.New("no descriptors left")
-	r := newRig(t, func(o *socks.Options) { o.Admit = func() error { return full } })
+	r := newProxy(t, func(o *socks.Options) { o.Admit = func() error { return full } })
 	w := r.dial()
 	w.send(hello + connect(addr(t, "127.0.0.1:1")))
 	w.expect(fine + refused(1))
 	w.ended()
-	if rec := r.record(0); rec.Status != 503 || !errors.Is(rec.Err, full) {
+	if rec := r.Record(0); rec.Status != 503 || !errors.Is(rec.Err, full) {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -369,8 +370,8 @@ func TestLimits(t *testing.T) {
 	bo := "\x05\x01\x02" + credentials("bo", "secret") + request
 	const greeted = "\x05\x02\x01\x00"
 	server, user := auth.NewMeter(auth.Limits{Connections: 2}, nil), auth.NewMeter(auth.Limits{Connections: 1}, nil)
-	r := newRig(t, func(o *socks.Options) {
-		o.Group = group(t, auth.User{Name: "al", Meter: user}, auth.User{Name: "bo"})
+	r := newProxy(t, func(o *socks.Options) {
+		o.Group = rig.Group(t, auth.User{Name: "al", Meter: user}, auth.User{Name: "bo"})
 		o.Meter = server
 	})
 	open := func(say string) *wire {
@@ -389,19 +390,19 @@ func TestLimits(t *testing.T) {
 	}
 	first := open(al)
 	limited(al)
-	if rec := r.record(0); rec.Status != 429 || !errors.Is(rec.Err, auth.ErrLimit) || rec.User != "al" {
+	if rec := r.Record(0); rec.Status != 429 || !errors.Is(rec.Err, auth.ErrLimit) || rec.User != "al" {
 		t.Errorf("record %+v", rec)
 	}
 	second := open(bo)
 	limited(bo)
 	_ = first.Close()
 	_ = second.Close()
-	r.record(3)
+	r.Record(3)
 	if !within(func() bool { return server.Open() == 0 && user.Open() == 0 }) {
 		t.Fatalf("%d and %d are counted when all is over", server.Open(), user.Open())
 	}
 	_ = open(al).Close()
-	r.record(4)
+	r.Record(4)
 	if !within(func() bool { return user.Open() == 0 }) {
 		t.Fatal("the user's tunnel is counted when it is over")
 	}
@@ -416,7 +417,7 @@ func TestLimits(t *testing.T) {
 }
 
 func TestTimeouts(t *testing.T) {
-	r := newRig(t, func(o *socks.Options) {
+	r := newProxy(t, func(o *socks.Options) {
 		o.Timeouts.Idle, o.Timeouts.Handshake = 30*time.Millisecond, 50*time.Millisecond
 	})
 	r.dial().ended() // says nothing, and leaves no record
@@ -429,7 +430,7 @@ func TestTimeouts(t *testing.T) {
 		w.send(c.say)
 		w.expect(c.want)
 		w.ended()
-		if rec := r.record(i); rec.Status != 408 {
+		if rec := r.Record(i); rec.Status != 408 {
 			t.Errorf("%q: record %+v", c.say, rec)
 		}
 	}
@@ -438,7 +439,7 @@ func TestTimeouts(t *testing.T) {
 // TestLinger: a client that has sent more than it should still reads its
 // answer.
 func TestLinger(t *testing.T) {
-	r := newRig(t, func(o *socks.Options) { o.Timeouts.Linger = patience })
+	r := newProxy(t, func(o *socks.Options) { o.Timeouts.Linger = patience })
 	w := r.dial()
 	w.send(hello + connect(addr(t, "127.9.0.1:80")) + strings.Repeat("x", 100<<10))
 	w.expect(fine + refused(2))
@@ -450,7 +451,7 @@ func TestLinger(t *testing.T) {
 // are cut in the end.
 func TestShutdown(t *testing.T) {
 	at := origin(t, "127.0.0.1")
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	silent, tunnel, halfway := r.dial(), r.dial(), r.dial()
 	tunnel.send(hello + connect(addr(t, at.String())))
 	tunnel.take(12)
@@ -476,7 +477,7 @@ func TestShutdown(t *testing.T) {
 	if _, err := tunnel.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the tunnel: %v", err)
 	}
-	if rec := r.record(1); !errors.Is(rec.Err, escaper.ErrClosed) {
+	if rec := r.Record(1); !errors.Is(rec.Err, escaper.ErrClosed) {
 		t.Errorf("record %+v", rec)
 	}
 }
@@ -484,19 +485,19 @@ func TestShutdown(t *testing.T) {
 // TestKill: a path that goes takes its tunnels with it.
 func TestKill(t *testing.T) {
 	at := origin(t, "127.0.0.1")
-	r := newRig(t, nil)
+	r := newProxy(t, nil)
 	w := r.dial()
 	w.send(hello + connect(addr(t, at.String())))
 	w.take(12)
 	w.banner()
 	gone := errors.New("address gone")
-	for _, p := range r.table.Paths() {
+	for _, p := range r.Table.Paths() {
 		p.Kill(netip.MustParsePrefix("127.0.0.1/32"), gone)
 	}
 	if _, err := w.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the tunnel: %v", err)
 	}
-	if rec := r.record(0); rec.Err == nil {
+	if rec := r.Record(0); rec.Err == nil {
 		t.Errorf("record %+v", rec)
 	}
 }

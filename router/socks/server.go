@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"wayout/router/auth"
@@ -39,6 +40,10 @@ type Options struct {
 
 	Timeouts Timeouts
 	Meter    *auth.Meter // what the server's limits count; nil: none
+	// AssociationsOpen and DatagramsDropped count over all associations. Either may
+	// be nil.
+	AssociationsOpen *atomic.Int64
+	DatagramsDropped *atomic.Uint64
 
 	// Admit is asked before anything is done for a request: an error refuses it,
 	// because the daemon's means run short. nil admits all.
@@ -124,6 +129,12 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.AssociationsOpen == nil {
+		o.AssociationsOpen = new(atomic.Int64)
+	}
+	if o.DatagramsDropped == nil {
+		o.DatagramsDropped = new(atomic.Uint64)
 	}
 	o.Timeouts.setDefaults()
 	s := &Server{o: o, front: o.Front}

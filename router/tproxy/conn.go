@@ -173,7 +173,7 @@ func (c *conn) tunnel() {
 		}
 	}
 	handle, err := c.s.o.Relay.Start(relay.Spec{
-		A: c.fd, B: far, Task: c.k, ToA: c.conn.Early, Bandwidth: c.admitted.bandwidth(),
+		A: c.fd, B: far, Task: c.k, ToA: c.conn.Early, Budgets: c.admitted.budgets(),
 		Idle: c.s.o.TunnelIdle, Done: c.done, Prompt: c.s.o.Prompt,
 	})
 	if err != nil {
@@ -193,7 +193,7 @@ func (c *conn) tunnel() {
 
 // done is told how the tunnel ended; its descriptors are closed.
 func (c *conn) done(r relay.Result) {
-	c.conn.Release()
+	c.conn.Release(r.Cause)
 	c.rec.BytesOut, c.rec.BytesIn, c.rec.Err = r.AToB, r.BToA, r.Cause
 	c.observe(false)
 	c.release()

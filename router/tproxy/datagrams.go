@@ -113,17 +113,26 @@ func (d *Datagrams) read(s *net.UDPConn) {
 		}
 		to := destination(oob[:oobn])
 		if !to.IsValid() || to == own {
+			d.o.Load().DatagramsDropped.Add(1)
 			continue
 		}
 		client = netip.AddrPortFrom(client.Addr().Unmap(), client.Port())
-		if f := d.flow(flowKey{client, to}); f != nil {
-			f.take(buf[:n])
-		}
+		d.pass(flowKey{client, to}, buf[:n])
 	}
 }
 
-// flow finds the flow of a datagram, or begins one; nil: none may begin.
-func (d *Datagrams) flow(key flowKey) *flow {
+// pass gives a datagram to its flow.
+func (d *Datagrams) pass(key flowKey, b []byte) {
+	if f, begins := d.flow(key, b); f == nil {
+		d.o.Load().DatagramsDropped.Add(1)
+	} else if !begins {
+		f.take(b)
+	}
+}
+
+// flow finds the flow of a datagram, or begins one, which has taken that then;
+// nil: none may begin.
+func (d *Datagrams) flow(key flowKey, first []byte) (f *flow, begins bool) {
 	now := time.Now().UnixNano()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -134,23 +143,24 @@ func (d *Datagrams) flow(key flowKey) *flow {
 			f.filed = now
 			d.order.MoveToBack(e)
 		}
-		return f
+		return f, false
 	}
 	if d.closing {
-		return nil
+		return nil, false
 	}
 	o := d.o.Load()
 	for len(d.flows) >= o.Flows {
 		if !d.evict() {
-			return nil
+			return nil, false
 		}
 	}
-	f := newFlow(d, o, key)
+	f = newFlow(d, o, key)
+	f.take(first) // before it runs: if it is refused at once, its record has that
 	f.last.Store(now)
 	f.filed = now
 	d.flows[key] = d.order.PushBack(f)
 	d.running.Go(f.run)
-	return f
+	return f, true
 }
 
 func flowOf(e *list.Element) *flow { return e.Value.(*flow) }

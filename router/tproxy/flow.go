@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"wayout/router/escaper"
+	"wayout/router/relay"
 	"wayout/selection"
 )
 
@@ -41,6 +42,7 @@ type flow struct {
 	bytes   int           // in waiting
 	more    chan struct{} // told when there is more in waiting
 	far     escaper.PacketConn
+	police  [2]relay.Police // from the client, and to it
 }
 
 func newFlow(d *Datagrams, o *Options, key flowKey) *flow {
@@ -60,7 +62,7 @@ func (f *flow) take(b []byte) {
 	case f.open:
 		f.send(b)
 	case f.refused.Load(), len(f.waiting) >= maxWaiting, f.bytes+len(b) > maxWaitingBytes:
-		f.dropped.Add(1)
+		f.drop(1)
 	default:
 		f.waiting = append(f.waiting, append([]byte(nil), b...))
 		f.bytes += len(b)
@@ -71,10 +73,16 @@ func (f *flow) take(b []byte) {
 	}
 }
 
+// drop counts datagrams that are not passed on.
+func (f *flow) drop(n int) {
+	f.dropped.Add(int64(n))
+	f.o.DatagramsDropped.Add(uint64(n))
+}
+
 // send passes a datagram on. It needs the lock, so that the order is kept.
 func (f *flow) send(b []byte) {
-	if f.far.Send(f.ctx, f.target(), b) != nil {
-		f.dropped.Add(1)
+	if !f.police[0].Pass(time.Now(), len(b)) || f.far.Send(f.ctx, f.target(), b) != nil {
+		f.drop(1)
 		return
 	}
 	f.out.Add(int64(len(b)))
@@ -92,12 +100,13 @@ func (f *flow) run() {
 		// same again.
 		f.refused.Store(true)
 		f.mu.Lock()
-		f.dropped.Add(int64(len(f.waiting)))
+		f.drop(len(f.waiting))
 		f.waiting = nil
 		f.mu.Unlock()
 		f.observe(statusOf(err), err)
 		return
 	}
+	f.o.FlowsOpen.Add(1)
 	f.far.OnKill(f.end)
 	end := context.AfterFunc(f.ctx, func() { _ = f.far.Close() })
 	f.end(f.receive(near))
@@ -108,6 +117,7 @@ func (f *flow) run() {
 	f.mu.Unlock()
 	_ = f.far.Close() // a second one does nothing
 	f.admitted.end()
+	f.o.FlowsOpen.Add(-1)
 	f.d.mu.Lock()
 	f.d.remove(f)
 	f.d.mu.Unlock()
@@ -135,7 +145,7 @@ func (f *flow) begin() (near *reply, err error) {
 	if f.admitted, err = f.o.admit(r); err != nil {
 		return nil, err
 	}
-	f.rec.User = r.User
+	f.rec.User, f.police = r.User, f.admitted.police()
 	defer func() {
 		if err != nil {
 			f.admitted.end()
@@ -206,10 +216,10 @@ func (f *flow) receive(near *reply) error {
 		n, from, err := f.far.Receive(buf[udpHeader:])
 		switch {
 		case err == nil && from != f.key.to:
-			f.dropped.Add(1)
+			f.drop(1)
 		case err == nil:
-			if near.send(buf[:udpHeader+n]) != nil {
-				f.dropped.Add(1)
+			if !f.police[1].Pass(time.Now(), n) || near.send(buf[:udpHeader+n]) != nil {
+				f.drop(1)
 				break
 			}
 			f.last.Store(time.Now().UnixNano())

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"wayout/router/auth"
@@ -45,6 +46,9 @@ type Options struct {
 	Flows int
 
 	Meter *auth.Meter // what the server's limits count; nil: none
+	// FlowsOpen and DatagramsDropped count over all flows. Either may be nil.
+	FlowsOpen        *atomic.Int64
+	DatagramsDropped *atomic.Uint64
 	// Admit is asked before anything is done for a connection or a flow: an error
 	// refuses it, because the daemon's means run short. nil admits all.
 	Admit func() error
@@ -78,6 +82,12 @@ func (o *Options) complete() error {
 	}
 	if o.Flows <= 0 {
 		o.Flows = 16384
+	}
+	if o.FlowsOpen == nil {
+		o.FlowsOpen = new(atomic.Int64)
+	}
+	if o.DatagramsDropped == nil {
+		o.DatagramsDropped = new(atomic.Uint64)
 	}
 	return nil
 }
@@ -160,8 +170,18 @@ func (a *admission) meter() *auth.Meter {
 	return a.user.Meter
 }
 
-func (a *admission) bandwidth() uint64 {
-	return auth.Narrower(a.o.Meter.Bandwidth(), a.meter().Bandwidth())
+// budgets bound what the server and the user have passed, from the client and to
+// it.
+func (a *admission) budgets() [2]relay.Budget {
+	up, down := auth.Bytes(a.o.Meter, a.meter())
+	return [2]relay.Budget{up, down}
+}
+
+// police bounds the datagrams that the server and the user have passed, likewise.
+func (a *admission) police() [2]relay.Police {
+	all := a.budgets()
+	up, down := auth.Datagrams(a.o.Meter, a.meter())
+	return [2]relay.Police{{Own: up, Of: all[0]}, {Own: down, Of: all[1]}}
 }
 
 // end takes back the count; a may be nil.

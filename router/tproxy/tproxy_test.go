@@ -348,9 +348,7 @@ var destination1 = netip.MustParseAddrPort("127.0.0.9:4242") //nolint:gochecknog
 
 func (f *flows) say(client, to netip.AddrPort, words ...string) {
 	for _, w := range words {
-		if x := f.flow(flowKey{client, to}); x != nil {
-			x.take([]byte(w))
-		}
+		f.pass(flowKey{client, to}, []byte(w))
 	}
 }
 

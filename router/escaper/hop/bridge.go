@@ -22,6 +22,9 @@ type tuning struct {
 	linger time.Duration
 	// send is the send buffer that is asked for the stream.
 	send int
+	// verdict is how long a holder that has gone after the peer's end may take to
+	// say how (see End).
+	verdict time.Duration
 }
 
 func (t *tuning) fill() {
@@ -34,6 +37,9 @@ func (t *tuning) fill() {
 	if t.send == 0 {
 		t.send = mostSend
 	}
+	if t.verdict == 0 {
+		t.verdict = 2 * time.Second
+	}
 }
 
 // bridge moves bytes between a TLS connection and one end of a pair of sockets
@@ -42,8 +48,9 @@ func (t *tuning) fill() {
 //
 // All else ends both: the peer that goes without close_notify, or resets, is a
 // reset of the stream (see end), and the stream that is closed before the peer
-// has ended is a reset of the TCP connection. After the peer's end a holder that
-// gives up cannot be told from one that closes, unless it leaves bytes unread.
+// has ended is a reset of the TCP connection. After the peer's end the sockets do
+// not tell a holder that gives up from one that closes, unless it leaves bytes
+// unread: End does.
 type bridge struct {
 	tls     *secured
 	in      *end
@@ -54,6 +61,29 @@ type bridge struct {
 	over   atomic.Int32 // halves that have ended well
 	dead   atomic.Bool
 	left   time.Time // wire.stalled: since when the holder is gone and nothing moves
+
+	saying sync.Once
+	said   chan struct{} // closed by the first End
+	ending error         // what it said
+}
+
+// bridged is the stream.
+type bridged struct {
+	*net.UnixConn
+	b *bridge
+}
+
+// End says how a stream's holder has ended it, once the descriptor is closed: nil:
+// well, all bytes passed on; else it gave up, and the peer is not to take what it
+// got for the whole. The first call counts. Streams but those of TLS peers have no
+// need of it.
+func End(s Stream, cause error) {
+	if s, is := s.(*bridged); is {
+		s.b.saying.Do(func() {
+			s.b.ending = cause
+			close(s.b.said)
+		})
+	}
 }
 
 var (
@@ -62,16 +92,16 @@ var (
 )
 
 // bridge returns the stream, and pumps until both ends are closed.
-func (s *secured) bridge(bufs *Buffers, tune tuning) (*net.UnixConn, error) {
+func (s *secured) bridge(bufs *Buffers, tune tuning) (*bridged, error) {
 	tune.fill()
 	in, stream, err := pair(tune.send)
 	if err != nil {
 		return nil, err
 	}
-	b := &bridge{tls: s, in: in, buffers: bufs, tune: tune}
+	b := &bridge{tls: s, in: in, buffers: bufs, tune: tune, said: make(chan struct{})}
 	s.wire.glance, s.wire.stalled = tune.glance, b.stalled
 	go b.run()
-	return stream, nil
+	return &bridged{stream, b}, nil
 }
 
 func (b *bridge) run() {
@@ -147,7 +177,7 @@ func (b *bridge) up() error {
 // stream's holder goes before the peer's half has ended too.
 func (b *bridge) upEnded() error {
 	// This order: our own passing on of the peer's end makes it look closed.
-	if b.in.closed() && !b.passed.Load() {
+	if b.in.closed() && (!b.passed.Load() || b.gaveUp()) {
 		return errGone
 	}
 	if err := b.tls.CloseWrite(); err != nil {
@@ -161,6 +191,19 @@ func (b *bridge) upEnded() error {
 		return nil
 	}
 	return errGone
+}
+
+// gaveUp says whether a holder that has gone after the peer's end gave up. One that
+// says nothing did not.
+func (b *bridge) gaveUp() bool {
+	late := time.NewTimer(b.tune.verdict)
+	defer late.Stop()
+	select {
+	case <-b.said:
+		return b.ending != nil
+	case <-late.C:
+		return false
+	}
 }
 
 // down is the half from the peer to the stream. While it waits it holds a small

@@ -81,7 +81,8 @@ func (t Target) check() error {
 	return nil
 }
 
-// Stream is a connected stream socket, bare: a *net.TCPConn or a *net.UnixConn.
+// Stream is a connected stream socket, bare: a *net.TCPConn, or of a TLS peer the
+// end of a pair, whose holder says by End how it ended.
 type Stream interface {
 	net.Conn
 	syscall.Conn
@@ -208,8 +209,11 @@ func (p *Peer) connect(ctx context.Context, conn *net.TCPConn, to Target, select
 		return conn, early, nil
 	}
 	// Not before: the conversation's deadlines are over.
-	s, err = within.bridge(p.Buffers, p.tune)
-	return s, early, err
+	pair, err := within.bridge(p.Buffers, p.tune)
+	if err != nil {
+		return nil, nil, err
+	}
+	return pair, early, nil
 }
 
 // converse bounds what talk does on conn by the context and the timeout.

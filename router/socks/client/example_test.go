@@ -96,8 +96,10 @@ func startProxy() (addr string, stop func(), err error) {
 	if err != nil {
 		return "", nil, err
 	}
+	var door escaper.Door
+	door.Swap(table)
 	server, err := socks.New(socks.Options{
-		Name: "socks", Escaper: "out", Extension: true, Open: escaper.NewDoor(table).Open, Relay: engine,
+		Name: "socks", Escaper: "out", Extension: true, Open: door.Open, Relay: engine,
 	})
 	if err != nil {
 		return "", nil, err
