@@ -146,6 +146,7 @@ func wholeWant() netcfg.Want {
 		{Interface: "eth0", Rest: netcfg.RestDrop, Ports: []netcfg.DivertPorts{
 			{Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}, {Protocol: unix.IPPROTO_UDP, First: 1000, Last: 2000},
 		}},
+		{Interface: "eth1", Ports: []netcfg.DivertPorts{{Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}}},
 		{Interface: "later0", Ports: []netcfg.DivertPorts{{Protocol: unix.IPPROTO_TCP, Last: 65535}}},
 	}
 	return w
@@ -182,10 +183,12 @@ func TestApply(t *testing.T) {
 		"11909:	from 10.60.0.0/24 iif lo lookup 11900 proto 119",
 		"11965:	from 2001:db8:beef::/64 iif lo lookup 11900 proto 119",
 		"11900:	from all fwmark 0xc10000/0xff0000 lookup main proto 119",
-		"12030:	from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119",
-		"12030:	from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119",
-		"12030:	from all iif later0 [detached] ipproto tcp lookup 12154 proto 119",
-		"12031:	from all iif eth0 lookup 12153 proto 119",
+		"12032:	from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119",
+		"12032:	from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119",
+		"12032:	from all iif later0 [detached] ipproto tcp lookup 12154 proto 119",
+		"12033:	from all iif eth0 lookup 12153 proto 119",
+		"12030:	from 203.0.113.0/28 to 203.0.113.0/28 iif eth1 ipproto tcp dport 443 lookup 12154 proto 119",
+		"12031:	from all to 203.0.113.0/28 iif eth1 lookup main suppress_prefixlength 0 proto 119",
 		"local default dev lo table 12154 proto 119 scope host metric 1024",
 		"unreachable default table 12153 proto 119 metric 4294967295",
 	)

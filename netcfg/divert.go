@@ -2,6 +2,7 @@ package netcfg
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -39,8 +40,10 @@ type DivertPorts struct {
 
 // Offsets of the rule priorities in a Layout, behind those of `from PREFIX`.
 const (
-	priorityDivert = 130
-	priorityRest   = 131
+	priorityBetween = 130
+	priorityNear    = 131
+	priorityDivert  = 132
+	priorityRest    = 133
 )
 
 // divertTable is the table that delivers everything to the host, and restTable the
@@ -99,16 +102,8 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 		Action: actionLookup, Protocol: Protocol,
 	})
 	for _, d := range w.Diverts {
-		for _, p := range d.Ports {
-			r := Rule{
-				Family: f, Priority: w.Layout.RulePriority + priorityDivert, Table: w.Layout.divertTable(), IIF: d.Interface,
-				IPProto: p.Protocol, Action: actionLookup, Protocol: Protocol,
-			}
-			if p.First != 0 {
-				r.DPort = PortRange{p.First, p.Last}
-			}
-			out.rules = append(out.rules, r)
-		}
+		out.rules = append(out.rules, w.divertRules(f, d, priorityDivert, netip.Prefix{})...)
+		out.rules = append(out.rules, w.nearRules(have, f, d)...)
 		if d.Rest == RestDrop {
 			out.rules = append(out.rules, Rule{
 				Family: f, Priority: w.Layout.RulePriority + priorityRest, Table: w.Layout.restTable(), IIF: d.Interface,
@@ -116,6 +111,63 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 			})
 		}
 	}
+}
+
+// divertRules lead what is diverted to the table that delivers it: all of it, or
+// what goes from a network to that network.
+func (w Want) divertRules(f Family, d Divert, priority uint32, between netip.Prefix) []Rule {
+	var out []Rule
+	for _, p := range d.Ports {
+		r := Rule{
+			Family: f, Priority: w.Layout.RulePriority + priority, Table: w.Layout.divertTable(), IIF: d.Interface,
+			Src: between, Dst: between, IPProto: p.Protocol, Action: actionLookup, Protocol: Protocol,
+		}
+		if p.First != 0 {
+			r.DPort = PortRange{p.First, p.Last}
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// nearRules let what is for an interface's own networks go there as before: an answer
+// from elsewhere, or what an address translation turns back to where it came from.
+//
+// Where an interface leads to clients and off the host alike, they are more than
+// a courtesy. By the kernel's reverse path check a packet that goes out where it has
+// come in has to have a way back, which is looked up with both ends swapped, ports
+// too: a client's answer from port 443 would find that its way back is diverted,
+// to a local address, and be dropped (__fib_validate_source, Linux 6.18). Its
+// networks may be those of a provider, where neighbours are strangers: what goes
+// from one to another by way of the host is diverted there.
+func (w Want) nearRules(have *Snapshot, f Family, d Divert) []Rule {
+	link, ok := have.Link(d.Interface)
+	if !ok || d.Rest == RestDrop {
+		return nil
+	}
+	var out []Rule
+	for _, p := range have.neighbours(link, f).sources {
+		if p.IsSingleIP() {
+			continue // the host's own address
+		}
+		if w.leadsOff(have, link) {
+			out = append(out, w.divertRules(f, d, priorityBetween, p)...)
+		}
+		out = append(out, Rule{
+			Family: f, Priority: w.Layout.RulePriority + priorityNear, Table: TableMain, Dst: p, IIF: d.Interface, Near: true,
+			Action: actionLookup, Protocol: Protocol,
+		})
+	}
+	return out
+}
+
+// leadsOff says whether packets leave the host by a link: it has an uplink, or a
+// default route of table main.
+func (w Want) leadsOff(have *Snapshot, link Link) bool {
+	return slices.ContainsFunc(w.Uplinks, func(u Uplink) bool { return u.Interface == link.Name }) ||
+		slices.ContainsFunc(have.Routes, func(r Route) bool {
+			return r.Table == TableMain && r.LinkIndex == link.Index && r.Dst.Bits() == 0
+		})
 }
 
 // loopback is the interface lo; the zero Link when it is not there.

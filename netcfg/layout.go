@@ -20,7 +20,8 @@ const (
 
 	// Priorities is how many rule priorities a Layout takes, from RulePriority on:
 	// the first for the fwmark rules, the next 129 for the `from PREFIX` rules (the
-	// longest prefix first), one for what is diverted and one for what else comes by
+	// longest prefix first), two for the own networks of interfaces that
+	// divert, one for what is diverted and one for what else comes by
 	// such an interface, the rest for rules to come.
 	Priorities = 256
 )

@@ -249,7 +249,11 @@ func (o Op) String() string {
 		if o.Addr.Protocol != 0 {
 			words += fmt.Sprintf(" proto %d", o.Addr.Protocol)
 		}
-		return words + fmt.Sprintf(" metric %d noprefixroute", o.Addr.Metric)
+		words += fmt.Sprintf(" metric %d noprefixroute", o.Addr.Metric)
+		if o.Addr.Deprecated {
+			words += " preferred_lft 0"
+		}
+		return words
 	}
 	r := o.Rule
 	if r.Family == IPv6 {

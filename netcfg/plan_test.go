@@ -139,7 +139,7 @@ ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
 ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
 ip -6 route add default via 2001:db8:100::1 dev eth0 table 11900 proto 119 metric 1024
 ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
-ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute
+ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute preferred_lft 0
 ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
@@ -229,7 +229,7 @@ ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 prot
 ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
 ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
 ip -6 route add default via 2001:db8:100::1 dev eth0 onlink table 11900 proto 119 metric 1024
-ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute
+ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute preferred_lft 0
 ip -6 rule del priority 11965 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
 		},
 		{
@@ -437,10 +437,11 @@ ip route add local default dev lo table 12154 proto 119 metric 1024
 ip -6 route add local default dev lo table 12154 proto 119 metric 1024
 ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
 ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
-ip rule add priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule add priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule add priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule add priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
+ip rule add priority 12031 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
 		},
 		{
 			name: "a whole protocol of an interface that is yet to come, and nothing else of it",
@@ -455,10 +456,36 @@ ip -6 rule add priority 12030 from all iif lan0 ipproto udp dport 1000-2000 look
 			ip: `
 ip route add unreachable default table 12153 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12153 proto 119 metric 4294967295
-ip rule add priority 12031 from all iif br0 lookup 12153 proto 119
-ip rule add priority 12030 from all iif br0 ipproto tcp lookup 12154 proto 119
-ip -6 rule add priority 12031 from all iif br0 lookup 12153 proto 119
-ip -6 rule add priority 12030 from all iif br0 ipproto tcp lookup 12154 proto 119`,
+ip rule add priority 12033 from all iif br0 lookup 12153 proto 119
+ip rule add priority 12032 from all iif br0 ipproto tcp lookup 12154 proto 119
+ip -6 rule add priority 12033 from all iif br0 lookup 12153 proto 119
+ip -6 rule add priority 12032 from all iif br0 ipproto tcp lookup 12154 proto 119`,
+		},
+		{
+			name: "diverted ports of an interface that leads off the host too",
+			from: want(isp1()),
+			want: func() netcfg.Want {
+				w := diverting(isp1())
+				w.Diverts[0].Interface = "eth0"
+				return w
+			}(),
+			ip: `
+ip route add unreachable default table 12154 proto 119 metric 4294967295
+ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
+ip route add local default dev lo table 12154 proto 119 metric 1024
+ip -6 route add local default dev lo table 12154 proto 119 metric 1024
+ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip rule add priority 12031 from all to 198.51.100.0/24 iif eth0 lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 12030 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12030 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip rule add priority 12032 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12032 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12031 from all to 2001:db8:100::/64 iif eth0 lookup main suppress_prefixlength 0 proto 119
+ip -6 rule add priority 12030 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12030 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
 		},
 		{
 			name: "another port: the rule comes before the old one goes",
@@ -469,20 +496,21 @@ ip -6 rule add priority 12030 from all iif br0 ipproto tcp lookup 12154 proto 11
 				return w
 			}(),
 			ip: `
-ip rule add priority 12030 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
-ip -6 rule add priority 12030 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
-ip rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119`,
+ip rule add priority 12032 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119`,
 		},
 		{
 			name: "diverting ends: rules first",
 			from: diverting(),
 			want: want(),
 			ip: `
-ip rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule del priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule del priority 12030 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule del priority 12030 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip rule del priority 12031 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
+ip rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule del priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
 ip rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
 ip -6 rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
 ip route del local default dev lo table 12154 proto 119 metric 1024

@@ -522,6 +522,9 @@ func (r Rule) String() string {
 // selectors is what stands between the addresses and the action.
 func (r Rule) selectors() string {
 	var out string
+	if r.Dst.IsValid() {
+		out += " to " + r.Dst.String()
+	}
 	if r.Mask != 0 {
 		out += fmt.Sprintf(" fwmark 0x%x/0x%x", r.Mark, r.Mask)
 	}

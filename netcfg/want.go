@@ -339,6 +339,10 @@ func (w Want) addresses(have *Snapshot, u Uplink, link Link, ok bool, out *wish)
 		a := Address{
 			Addr: addr, Prefix: addr.BitLen(), LinkIndex: link.Index,
 			Metric: w.Table(u), NoPrefixRoute: true, Ours: true,
+			// What does not say where it leaves from, the host's own traffic and what
+			// is masqueraded, takes another address while there is one. IPv4 prefers
+			// those that were there before by itself.
+			Deprecated: addr.Is6(),
 		}
 		if have.AddrProto {
 			a.Protocol = Protocol
@@ -358,9 +362,9 @@ func (l Layout) ownsAddr(a Address, kept bool) bool {
 }
 
 func (l Layout) ownsRule(r Rule) bool {
-	table := l.ownsTable(r.Table) || r.Table == TableMain && r.Mask != 0
+	table := l.ownsTable(r.Table) || r.Table == TableMain && (r.Mask != 0 || r.Dst.IsValid())
 	return r.Protocol == Protocol && l.ownsPriority(r.Priority) && table &&
-		r.Action == actionLookup && !r.Invert && !r.Other && !r.Dst.IsValid() && r.OIF == ""
+		r.Action == actionLookup && !r.Invert && !r.Other && r.OIF == ""
 }
 
 func (l Layout) ownsRoute(r Route) bool {

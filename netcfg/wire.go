@@ -353,6 +353,10 @@ func encodeRule(r Rule) []byte {
 		m[2] = byte(r.Src.Bits())
 		m.attr(nl.FRA_SRC, r.Src.Addr().AsSlice())
 	}
+	if r.Dst.IsValid() {
+		m[1] = byte(r.Dst.Bits())
+		m.attr(nl.FRA_DST, r.Dst.Addr().AsSlice())
+	}
 	m.u32(nl.FRA_PRIORITY, r.Priority)
 	if r.Mask != 0 {
 		m.u32(nl.FRA_FWMARK, r.Mark)
@@ -399,7 +403,8 @@ func encodeRoute(r Route) []byte {
 }
 
 // encodeAddr gives the body of RTM_NEWADDR and RTM_DELADDR for an address of
-// ours: no prefix route, no broadcast address, no end of life.
+// ours: no prefix route, no broadcast address, no end of life; deprecated from the
+// start if so wished.
 func encodeAddr(a Address) []byte {
 	m := make(message, unix.SizeofIfAddrmsg, 64)
 	m[0] = byte(familyOf(a.Addr))
@@ -412,6 +417,11 @@ func encodeAddr(a Address) []byte {
 	m.u32(unix.IFA_FLAGS, unix.IFA_F_NOPREFIXROUTE)
 	if a.Metric != 0 {
 		m.u32(unix.IFA_RT_PRIORITY, a.Metric)
+	}
+	if a.Deprecated {
+		var info [16]byte // struct ifa_cacheinfo: preferred and valid lifetime, and when it was made and changed
+		binary.NativeEndian.PutUint32(info[4:], 0xffffffff)
+		m.attr(unix.IFA_CACHEINFO, info[:])
 	}
 	if a.Protocol != 0 {
 		m.attr(ifaProto, []byte{a.Protocol})

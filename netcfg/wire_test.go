@@ -132,6 +132,7 @@ func TestEncode(t *testing.T) {
 			got, _, err = netcfg.ParseRule(netcfg.EncodeRule(o.Rule))
 		case netcfg.KindAddress:
 			o.Addr.Ours = false
+			o.Addr.Deprecated = false // a flag that the kernel makes of the lifetime
 			want = o.Addr
 			got, err = netcfg.ParseAddr(netcfg.EncodeAddr(o.Addr))
 		}

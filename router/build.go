@@ -222,7 +222,9 @@ func listen(at netip.AddrPort, mark uint32, proxy bool) (*net.TCPListener, error
 
 // listenPacket opens the client's side of a UDP association.
 func listenPacket(at netip.AddrPort, mark uint32) (*net.UDPConn, error) {
-	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error { return setMark(raw, mark) }}
+	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
+		return errors.Join(setMark(raw, mark), freebind(raw))
+	}}
 	network := "udp6"
 	if at.Addr().Is4() {
 		network = "udp4"
@@ -232,6 +234,17 @@ func listenPacket(at netip.AddrPort, mark uint32) (*net.UDPConn, error) {
 		return nil, fmt.Errorf("listen for datagrams on %s: %w", at, err)
 	}
 	return c.(*net.UDPConn), nil
+}
+
+// freebind lets a socket have an address of a whole prefix, which IPv6 takes for
+// nobody's (AnyIP). One flag serves both families.
+func freebind(raw syscall.RawConn) error {
+	var err error
+	ctl := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1) })
+	if err = errors.Join(ctl, err); err != nil {
+		return fmt.Errorf("set IP_FREEBIND: %w", err)
+	}
+	return nil
 }
 
 // listenBare opens a listener for a front end, which accepts in the relay.

@@ -188,7 +188,7 @@ func examineWith(k *netcfg.Netlink, c *config.Config) ([]finding, error) {
 		examineSysctls(s), examineReversePath(s, c), examineIPv6(procSys, c),
 		examineRules(snapshot, router.NetLayout(c)), examineNAT(nat),
 		examinePrefixes(snapshot, s, bpf.ProbeResponder(netcfg.TryIngress), c),
-		examineDiverts(snapshot, router.NetLayout(c), bpf.ProbeDivert(), bpf.ProbeFragments(netcfg.TryIngress), c),
+		examineDiverts(snapshot, router.NetLayout(c), bpf.ProbeDivert(), bpf.ProbeFragments(netcfg.TryIngress), c), examineRedirects(procSys, snapshot, c),
 	} {
 		all = append(all, part...)
 	}

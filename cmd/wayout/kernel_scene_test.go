@@ -72,7 +72,11 @@ type kernelScene struct {
 // newKernelScene makes the world without egress addresses.
 func newKernelScene(t *testing.T) *kernelScene {
 	t.Helper()
-	s := newScene(t, false)
+	return kernelSceneOf(t, newScene(t, false))
+}
+
+func kernelSceneOf(t *testing.T, s *scene) *kernelScene {
+	t.Helper()
 	program, err := exec.LookPath("ip")
 	if err != nil {
 		lab.Missing(t, "ip")

@@ -74,10 +74,16 @@ func newScene(t *testing.T, egress bool) *scene {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return sceneIn(t, w, w.Close)
+}
+
+// sceneIn starts the origin of a world, which ends with the test.
+func sceneIn(t *testing.T, w *lab.World, end func() error) *scene {
+	t.Helper()
 	dir := t.TempDir()
 	s := &scene{World: w, t: t, dir: dir, config: filepath.Join(dir, "wayout.yaml"), socket: filepath.Join(dir, "control.sock")}
 	t.Cleanup(func() {
-		if err := w.Close(); err != nil {
+		if err := end(); err != nil {
 			t.Error(err)
 		}
 	})

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -164,23 +163,8 @@ server:
 // TestTransparentFirewall: the rules of the host's own firewall are what they
 // were, and go on to count.
 func TestTransparentFirewall(t *testing.T) {
-	program, err := exec.LookPath("nft")
-	if err != nil {
-		lab.Missing(t, "nft")
-	}
 	g := newGateway(t)
-	nft := func(args ...string) string {
-		t.Helper()
-		var out, errs strings.Builder
-		cmd, err := g.Host.Start(lab.Program{Path: program, Args: args, Stdout: &out, Stderr: &errs})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Wait(); err != nil {
-			t.Fatalf("nft %v: %v: %s", args, err, &errs)
-		}
-		return out.String()
-	}
+	nft := g.nft()
 	tell(t, g.Origin, "origin", everywhere(443, 444, 22)...)
 	tell(t, g.Host, "host", "[::]:23", "[::]:24")
 	for _, line := range []string{
@@ -192,9 +176,9 @@ func TestTransparentFirewall(t *testing.T) {
 		"add rule inet fw passing tcp dport 444 drop",
 		"add rule inet fw going ip saddr " + p6Of4 + " tcp dport 443 reject",
 	} {
-		nft(strings.Fields(line)...)
+		nft(line)
 	}
-	before := nft("-s", "list", "ruleset")
+	before := nft("-s list ruleset")
 	g.start(uplinkConfig(lan(`divert: ["tcp/443", "tcp/22"], select: {out: p6}`)))
 	g.dialAll("behind a firewall", map[string]string{
 		at4(22): "nobody", at6(443): "origin " + p6Of6, at4(443): "nobody",
@@ -204,11 +188,11 @@ func TestTransparentFirewall(t *testing.T) {
 	for _, port := range []uint16{443, 444, 22} {
 		g.kept("behind a firewall", toPort(port))
 	}
-	if after := nft("-s", "list", "ruleset"); after != before {
+	if after := nft("-s list ruleset"); after != before {
 		t.Errorf("the rules were\n%s\nand are\n%s", before, after)
 	}
 	g.stop()
-	if after := nft("-s", "list", "ruleset"); after != before {
+	if after := nft("-s list ruleset"); after != before {
 		t.Errorf("the rules were\n%s\nand are, after the stop,\n%s", before, after)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -21,7 +22,8 @@ import (
 // what is not. Of the paths, p1 to p4 leave by isp1 and p5 to p8 by isp2.
 type gateway struct {
 	*kernelScene
-	up [2]*lab.Capture // at the far ends of the uplinks
+	up     []*lab.Capture // at the far ends of the uplinks
+	inside []netip.Prefix // whose addresses are not to be seen there
 }
 
 // brief is for what must not come about.
@@ -29,11 +31,20 @@ const brief = 400 * time.Millisecond
 
 func newGateway(t *testing.T) *gateway {
 	t.Helper()
-	g := &gateway{kernelScene: newKernelScene(t)}
-	for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
-		if err := g.Host.Sysctl(name, "1"); err != nil {
-			t.Fatal(err)
-		}
+	g := gatewayOf(t, newKernelScene(t), "10.0.0.0/24", "fd00::/64")
+	g.up = []*lab.Capture{g.capture(g.ISP1, "host0"), g.capture(g.ISP2, "host0")}
+	return g
+}
+
+// gatewayOf has a scene's host forward, and cleans up in the end.
+func gatewayOf(t *testing.T, k *kernelScene, inside ...string) *gateway {
+	t.Helper()
+	g := &gateway{kernelScene: k}
+	for _, n := range inside {
+		g.inside = append(g.inside, netip.MustParsePrefix(n))
+	}
+	if err := g.Host.Forward(); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() { // whatever the test has come to, after the daemon's stop
 		if missing(g.config) {
@@ -43,8 +54,14 @@ func newGateway(t *testing.T) *gateway {
 			t.Errorf("clean: %s", errs)
 		}
 	})
-	g.up = [2]*lab.Capture{g.capture(g.ISP1, "host0"), g.capture(g.ISP2, "host0")}
 	return g
+}
+
+// as is the same gateway as another client sees it.
+func (g *gateway) as(client *lab.NS) *gateway {
+	k, s, w := *g.kernelScene, *g.scene, *g.World
+	w.Client, s.World, k.scene = client, &w, &s
+	return &gateway{&k, g.up, g.inside}
 }
 
 // lan is a tproxy server, with more of its keys.
@@ -130,6 +147,17 @@ func (g *gateway) dial(at string, within time.Duration) string {
 	return told
 }
 
+// dialFrom is dial from a source of the client's.
+func (g *gateway) dialFrom(source, at string) string {
+	g.t.Helper()
+	told := "nobody"
+	if c, err := g.Client.DialFrom(netip.MustParseAddr(source), netip.MustParseAddrPort(at)); err == nil {
+		told = talk(c, "some words", patience)
+		c.Close()
+	}
+	return told
+}
+
 // talk hears the greeting, says something, and wants it back.
 func talk(c net.Conn, say string, within time.Duration) string {
 	_ = c.SetDeadline(time.Now().Add(within))
@@ -188,11 +216,10 @@ func sendOn(t *testing.T, c *net.UDPConn, at, say string, within time.Duration) 
 	return "nobody"
 }
 
-// fromClient says whether a packet is the client's own, to somebody beyond the
+// fromClient says whether a packet is a client's own, to somebody beyond the
 // host: it was forwarded.
-func fromClient(p lab.Packet) bool {
-	a := p.Src.Addr()
-	return !p.Out && (a == netip.MustParseAddr(lab.ClientAddr4) || a == netip.MustParseAddr(lab.ClientAddr6))
+func (g *gateway) fromClient(p lab.Packet) bool {
+	return !p.Out && slices.ContainsFunc(g.inside, func(n netip.Prefix) bool { return n.Contains(p.Src.Addr()) })
 }
 
 // kept fails the test when a packet of the client's has left the host, of which
@@ -201,7 +228,7 @@ func (g *gateway) kept(when string, is func(lab.Packet) bool) {
 	g.t.Helper()
 	for i, c := range g.up {
 		for _, p := range settled(g.t, c) {
-			if fromClient(p) && is(p) {
+			if g.fromClient(p) && is(p) {
 				g.t.Errorf("%s: isp%d has %s", when, i+1, p)
 				return
 			}
@@ -212,7 +239,7 @@ func (g *gateway) kept(when string, is func(lab.Packet) bool) {
 // forwarded waits until a packet of the client's leaves that is so.
 func (g *gateway) forwarded(what string, is func(lab.Packet) bool) {
 	g.t.Helper()
-	mustAwait(g.t, g.up[0], what, func(p lab.Packet) bool { return fromClient(p) && is(p) })
+	mustAwait(g.t, g.up[0], what, func(p lab.Packet) bool { return g.fromClient(p) && is(p) })
 }
 
 func toPort(port uint16) func(lab.Packet) bool {

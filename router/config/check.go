@@ -379,6 +379,11 @@ func (d *decoder) checkServers(c *Config, escapers map[string]*Escaper, edges ma
 			}
 		}
 	}
+	for i := range c.Servers {
+		if p := d.places[&c.Servers[i]]; p != nil && !d.skipped[&c.Servers[i]] {
+			d.checkHeld(p, taken)
+		}
+	}
 }
 
 // checkUserNames wants that a user can give his name where parameters are read

@@ -94,7 +94,7 @@ type Uplink struct {
 	Interface       string     `key:"interface" type:"interface" required:"yes" meaning:"The network interface."`
 	Gateway4        netip.Addr `key:"gateway4" type:"ipv4" meaning:"Next hop for IPv4. Absent: on-link only."`
 	Gateway6        netip.Addr `key:"gateway6" type:"ipv6" meaning:"Next hop for IPv6. Absent: on-link only."`
-	ManageAddresses bool       `key:"manage_addresses" type:"switch" default:"off" meaning:"Put missing node addresses on the interface (/32 and /128, noprefixroute)."`
+	ManageAddresses bool       `key:"manage_addresses" type:"switch" default:"off" meaning:"Put missing node addresses on the interface (/32 and /128, noprefixroute, IPv6 deprecated)."`
 }
 
 // Escaper carries requests out by one of its nodes: egress paths (direct_*), next escapers (route_*) or next-hop proxies

@@ -2,8 +2,10 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -219,6 +221,28 @@ func (d *decoder) checkListenNets(s *Server, p *place) {
 		}
 		if s.Select.Mode == "port" && len(s.Listen) > 0 {
 			d.fail(at, "select: port counts the ports of prefixes or of single addresses, and here are both")
+		}
+	}
+}
+
+// checkHeld finds single listeners inside the prefixes of a server's listen: nothing would ever come to them, as a
+// prefix goes before all else. It goes before listeners on all addresses too, and these have the rest.
+func (d *decoder) checkHeld(p *place, taken map[uint16]*port) {
+	for _, at := range d.itemsOf(p, "listen") {
+		n, bad := parseListenNet(at.node.Value)
+		if at.node.Kind != yaml.ScalarNode || bad != "" {
+			continue
+		}
+		for _, number := range slices.Sorted(maps.Keys(taken)) {
+			if number < n.First || number > n.Last {
+				continue
+			}
+			exact := taken[number].exact
+			for _, a := range slices.SortedFunc(maps.Keys(exact), netip.Addr.Compare) {
+				if !a.IsUnspecified() && n.Prefix.Contains(a.Unmap()) {
+					d.fail(at, "holds %s, which is listened on by %s", netip.AddrPortFrom(a, number), exact[a])
+				}
+			}
 		}
 	}
 }

@@ -443,6 +443,10 @@ func TestMistakes(t *testing.T) {
 		{"prefixes that overlap", escaper + "server: [{name: web, type: http_proxy, escaper: out, open: true, listen: ['198.51.100.0/25:1080', '198.51.100.0/24:1000-1080', '198.51.0.0/16:9']}]", []string{
 			`2: server[0].listen[1]: is taken by server[0].listen[0] (line 2) already, got "198.51.100.0/24:1000-1080"`,
 		}},
+		{"listeners in a prefix", "metrics: {listen: '198.51.100.9:1081'}\n" + escaper + "server: [{name: web, type: http_proxy, escaper: out, open: true, listen: ['198.51.100.0/25:1080-1081', ':1080', '203.0.113.1:1081']}, {name: more, type: socks_proxy, escaper: out, open: true, listen: '[2001:db8::/64]:1081'}, {name: one, type: http_proxy, escaper: out, open: true, listen: '[2001:db8::7]:1081'}]", []string{
+			`3: server[0].listen[0]: holds 198.51.100.9:1081, which is listened on by metrics.listen (line 1), got "198.51.100.0/25:1080-1081"`,
+			`3: server[1].listen: holds [2001:db8::7]:1081, which is listened on by server[2].listen (line 3), got "[2001:db8::/64]:1081"`,
+		}},
 		{"an open prefix", escaper + "server: [{name: web, type: http_proxy, escaper: out, listen: '198.51.100.0/25:1080'}]", []string{
 			`2: server[0].listen: without user_group only loopback addresses are listened on, unless open: true says that an open proxy is meant, got "198.51.100.0/25:1080"`,
 		}},

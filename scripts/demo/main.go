@@ -55,7 +55,7 @@ func run(ctx context.Context, binary string) (err error) {
 	}
 	defer func() { err = errors.Join(err, d.close()) }()
 	for _, show := range []func(context.Context) error{
-		d.selections, d.userNames, d.socks, d.routes, d.publication, d.refusals, d.explain, d.uplinkDown, d.wrongDial, d.paths,
+		d.selections, d.userNames, d.socks, d.routes, d.publication, d.refusals, d.explain, d.uplinkDown, d.wrongDial, d.paths, d.gateway,
 	} {
 		if err := show(ctx); err != nil {
 			return err
@@ -126,12 +126,21 @@ func (d *demo) startOrigin() error {
 func (d *demo) close() error {
 	var errs []error
 	if d.daemon != nil {
-		errs = append(errs, d.daemon.Stop())
+		errs = append(errs, d.daemon.Stop(), d.clean())
 	}
 	if d.origin != nil {
 		errs = append(errs, d.origin.Close())
 	}
 	return errors.Join(append(errs, d.world.Close())...)
+}
+
+// clean takes away what goes on to stop diverted traffic.
+func (d *demo) clean() error {
+	cmd, err := d.world.Host.Start(lab.Program{Path: d.binary, Args: []string{"clean", "--config", d.config}, Stderr: os.Stderr})
+	if err != nil {
+		return err
+	}
+	return cmd.Wait()
 }
 
 const password = "wonderland"
@@ -195,6 +204,7 @@ server:
   - {name: open, type: mixed_proxy, listen: "%s", open: true, escaper: out, path_selection_header: X-Egress-Path, socks_extension: true}
   - {name: team, type: mixed_proxy, listen: "%s", user_group: team, escaper: out, path_selection_header: X-Egress-Path, username_params: true}
   - {name: route, type: mixed_proxy, listen: "%s", open: true, escaper: by-name, path_selection_header: X-Egress-Path}
+  - {name: lan, type: tproxy, interface: lan0, divert: tcp/80, escaper: out, select: {out: lon-3}}
 `, lab.SharedNet6, hash0(&hash), hash0(&hash), d.at(open), d.at(team), d.at(route))
 	return b.String(), nil
 }

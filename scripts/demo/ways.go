@@ -51,6 +51,10 @@ func (d *demo) table(ctx context.Context, rows []row) error {
 	if err := out.Flush(); err != nil {
 		return err
 	}
+	return d.verdict()
+}
+
+func (d *demo) verdict() error {
 	if d.wrong > 0 {
 		return fmt.Errorf("%d answers were wrong", d.wrong)
 	}

@@ -95,6 +95,23 @@ func (a Ask) inside(conn net.Conn, r *bufio.Reader) (Told, error) {
 	return answer(r, http.MethodGet)
 }
 
+// Get asks an Origin for / from the namespace, without any proxy.
+func (n *NS) Get(origin netip.AddrPort, within time.Duration) (seen Seen, err error) {
+	var conn net.Conn
+	if err := n.Do(func() (err error) {
+		conn, err = net.DialTimeout("tcp", origin.String(), within)
+		return err
+	}); err != nil {
+		return Seen{}, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	if err := conn.SetDeadline(time.Now().Add(within)); err != nil {
+		return Seen{}, err
+	}
+	told, err := Ask{Target: origin.String()}.inside(conn, bufio.NewReader(conn))
+	return told.Seen, err
+}
+
 func answer(r *bufio.Reader, method string) (Told, error) {
 	resp, err := http.ReadResponse(r, &http.Request{Method: method})
 	if err != nil {

@@ -148,6 +148,11 @@ func (n *NS) Up(link string) error { return n.onLink(link, n.nl.LinkSetUp) }
 // Down takes an interface down.
 func (n *NS) Down(link string) error { return n.onLink(link, n.nl.LinkSetDown) }
 
+// SetMTU limits what an interface carries in a packet.
+func (n *NS) SetMTU(link string, bytes int) error {
+	return n.onLink(link, func(l netlink.Link) error { return n.nl.LinkSetMTU(l, bytes) })
+}
+
 func (n *NS) onLink(name string, f func(netlink.Link) error) error {
 	l, err := n.nl.LinkByName(name)
 	if err != nil {

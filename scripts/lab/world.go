@@ -79,15 +79,8 @@ func egress(forms ...string) []netip.Addr {
 // host has only its primary addresses: something else is to add the rest.
 func NewWorld(egress bool) (*World, error) {
 	w := &World{}
-	for _, n := range []struct {
-		ns   **NS
-		name string
-	}{{&w.Client, "client"}, {&w.Host, "host"}, {&w.ISP1, "isp1"}, {&w.ISP2, "isp2"}, {&w.Origin, "origin"}} {
-		ns, err := NewNS(n.name)
-		if err != nil {
-			return nil, errors.Join(err, w.Close())
-		}
-		*n.ns = ns
+	if err := makeAll([]named{{&w.Client, "client"}, {&w.Host, "host"}, {&w.ISP1, "isp1"}, {&w.ISP2, "isp2"}, {&w.Origin, "origin"}}); err != nil {
+		return nil, errors.Join(err, w.Close())
 	}
 	if err := w.build(egress); err != nil {
 		return nil, errors.Join(err, w.Close())
@@ -95,10 +88,29 @@ func NewWorld(egress bool) (*World, error) {
 	return w, nil
 }
 
+// named is a namespace to be made.
+type named struct {
+	ns   **NS
+	name string
+}
+
+func makeAll(all []named) error {
+	for _, n := range all {
+		ns, err := NewNS(n.name)
+		if err != nil {
+			return err
+		}
+		*n.ns = ns
+	}
+	return nil
+}
+
 // Close lets go of the namespaces.
-func (w *World) Close() error {
+func (w *World) Close() error { return closeAll(w.Client, w.Host, w.ISP1, w.ISP2, w.Origin) }
+
+func closeAll(all ...*NS) error {
 	var errs []error
-	for _, n := range []*NS{w.Client, w.Host, w.ISP1, w.ISP2, w.Origin} {
+	for _, n := range all {
 		if n != nil {
 			errs = append(errs, n.Close())
 		}
@@ -152,12 +164,8 @@ func (w *World) build(withEgress bool) error {
 			return err
 		}
 	}
-	for _, isp := range []*NS{w.ISP1, w.ISP2} {
-		for _, name := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"} {
-			if err := isp.Sysctl(name, "1"); err != nil {
-				return err
-			}
-		}
+	if err := errors.Join(w.ISP1.Forward(), w.ISP2.Forward()); err != nil {
+		return err
 	}
 	for _, r := range []struct {
 		ns       *NS
