@@ -23,8 +23,8 @@ demo: build ## a many-address host, a client and an origin in namespaces of thei
 test: ## every test, under the race detector; live tests need root
 	$(GO) test -race -p 1 -timeout 20m ./... # one package at a time: live tests want the machine to themselves
 
-soak: ## the hunt for a wrong source address, WAYOUT_SOAK operations (needs root)
-	WAYOUT_TEST_LIVE=1 WAYOUT_SOAK=$(or $(WAYOUT_SOAK),100000) $(GO) test -run '^TestSoak$$' -count=1 -v -timeout 60m ./cmd/wayout
+soak: ## the hunts for a wrong source address, of proxies' clients and of diverted traffic, WAYOUT_SOAK operations each (needs root)
+	WAYOUT_TEST_LIVE=1 WAYOUT_SOAK=$(or $(WAYOUT_SOAK),100000) $(GO) test -run '^TestSoak' -count=1 -v -timeout 60m ./cmd/wayout
 
 lint: ## golangci-lint, go vet and clang-format
 	$(GO) vet ./...

@@ -13,12 +13,14 @@
  * alone. Other entries are for whole prefixes of the host's own.
  *
  * Where the socket is gone the lookup ends without one: nobody else's wildcard
- * listener takes what was meant for the daemon.
+ * listener takes what was meant for the daemon. So it does for what comes in by
+ * an interface that nobody knew of yet: the rules name interfaces, and go with
+ * the name to another one.
  */
 #include "kernel.h"
 
 enum {
-	MAX_ENTRIES = 128,
+	MAX_ENTRIES = 384,
 	/* Of one set of entries and the next, and 0. */
 	MAX_COUNTED = 2 * MAX_ENTRIES + 1,
 	MAX_HEADERS = 8, /* of IPv6, before and with the fragment header */
@@ -31,9 +33,9 @@ enum {
 enum { SOCKET_UDP = 2, SOCKET_V6 = 1 };
 
 /*
- * What is taken: by an interface for any address but the host's, or, without an
- * interface, for the addresses of a prefix. Addresses are in network order,
- * IPv4 ones mapped to IPv6.
+ * What is taken: by an interface for any address but the host's, or else for the
+ * addresses of a prefix. Of each kind the first that matches decides. Addresses
+ * are in network order, IPv4 ones mapped to IPv6.
  */
 struct entry {
 	__u32 ifindex;
@@ -68,6 +70,15 @@ struct {
 	__type(key, struct net);
 	__type(value, __u32);
 } own SEC(".maps");
+
+/* The interfaces that were there when the entries were made. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, __u32);
+} known SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
@@ -134,9 +145,10 @@ SEC("sk_lookup")
 int divert(struct bpf_sk_lookup *ctx)
 {
 	__u32 proto = ctx->protocol, port = ctx->local_port, from = 0;
-	const volatile struct entry *e = NULL;
+	const volatile struct entry *e = NULL, *others = NULL;
 	struct bpf_sock *sk;
 	struct net to = {};
+	bool elsewhere = 0;
 	__u32 four, at;
 	bool host;
 	long err;
@@ -155,16 +167,22 @@ int divert(struct bpf_sk_lookup *ctx)
 		const volatile struct entry *x = &entries[i];
 
 		if (i >= count)
-			return SK_PASS;
+			break;
 		if (x->protocol != proto || port < x->first || port > x->last)
 			continue;
-		if (x->others && host)
-			continue;
-		if (x->ifindex ? !by_interface || x->ifindex == from : within(&to, x)) {
-			e = x;
-			break;
+		if (!x->others) {
+			if (!e && within(&to, x))
+				e = x;
+		} else if (by_interface && x->ifindex != from) {
+			elsewhere = 1;
+		} else if (!others) {
+			others = x;
 		}
 	}
+	if (others && !host)
+		e = others;
+	else if (!others && elsewhere && from && !host && !bpf_map_lookup_elem(&known, &from))
+		return drop_unserved(0);
 	if (!e)
 		return SK_PASS;
 	at = e->socket + (proto == IPPROTO_UDP ? SOCKET_UDP : 0) +

@@ -18,8 +18,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// MaxDivertEntries is how many entries a Diversion may have (divert.c).
-const MaxDivertEntries = 128
+// MaxDivertEntries is how many entries a Diversion may have (divert.c): those of two
+// configurations, of which one takes the other's place, and of what rules lead here
+// besides.
+const MaxDivertEntries = 384
 
 // ErrInterfaceUnknown says that the kernel does not tell the programs by which interface
 // a connection comes in (before 5.17), where that makes a difference.
@@ -35,15 +37,17 @@ const (
 )
 
 // DivertEntry is one thing that is taken. Of two that match a packet the first
-// one decides.
+// one decides; those of an interface go before those of a Prefix.
 type DivertEntry struct {
 	// Interface is the index of the one that packets come in by, for any address
 	// but the host's own. 0: packets from anywhere for the addresses of Prefix.
+	//
+	// What comes in for others by an interface that SetLinks does not know is dropped,
+	// where an entry of any interface has its port.
 	Interface uint32
 	Prefix    netip.Prefix
 
-	// Absent stands for an interface that is not there yet: packets for any address
-	// but the host's own are dropped, whatever they come in by.
+	// Absent stands for an interface that is not there yet.
 	Absent bool
 
 	Protocol    uint8  // unix.IPPROTO_TCP or IPPROTO_UDP
@@ -87,6 +91,7 @@ type Diverter struct {
 	edges   map[uint32]link.Link // by interface index
 	filters map[uint32]bool      // interfaces that have one by in
 	own     map[netip.Prefix]bool
+	links   map[uint32]bool
 	drops   *ebpf.Map // what the programs count, one set of them after the other; nil before the first Set
 	closed  bool
 }
@@ -103,7 +108,7 @@ const (
 // daemon on its host: programs in the Ingress are known by it. The Ingress is of the
 // network namespace of the calling thread; without one, nil, only links will do.
 func NewDiverter(dir string, in Ingress) (_ *Diverter, err error) {
-	d := &Diverter{dir: dir, in: in, edges: map[uint32]link.Link{}, filters: map[uint32]bool{}, own: map[netip.Prefix]bool{}}
+	d := &Diverter{dir: dir, in: in, edges: map[uint32]link.Link{}, filters: map[uint32]bool{}, own: map[netip.Prefix]bool{}, links: map[uint32]bool{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
@@ -204,7 +209,7 @@ func (d *Diverter) Set(v Diversion) error {
 	if err != nil {
 		return err
 	}
-	if err := putOwn(objs, nil, d.own); err != nil {
+	if err := errors.Join(putOwn(objs, nil, d.own), putLinks(objs, nil, d.links)); err != nil {
 		return errors.Join(err, objs.Close())
 	}
 	if err := d.install(objs); err != nil {
@@ -301,10 +306,11 @@ func (v Diversion) oneServerEach() error {
 // takesOthers says whether it is about other addresses than the host's.
 func (e DivertEntry) takesOthers() bool { return e.Interface != 0 || e.Absent }
 
-// socketsOf is how many sockets a server may have, and noSocket is where none is.
+// socketsOf is how many sockets a server may have, and noInterface an index that
+// none has.
 const (
-	socketsOf = 4
-	noSocket  = 1 << 31
+	socketsOf   = 4
+	noInterface = 1<<32 - 1
 )
 
 func putSocket(m *ebpf.Map, at uint32, s Socket) error {
@@ -324,8 +330,8 @@ func (e DivertEntry) encode() divertEntry {
 	switch {
 	case e.Interface != 0:
 		out.Others = 1
-	case e.Absent: // matches all addresses
-		out.Others, out.Socket = 1, noSocket
+	case e.Absent:
+		out.Others, out.Ifindex = 1, noInterface
 	default:
 		p := mapped(e.Prefix)
 		out.Addr = words(p.Masked().Addr().As16())
@@ -400,6 +406,45 @@ func putOwn(objs *divertObjects, from, to map[netip.Prefix]bool) error {
 		}
 		if err := objs.Own.Delete(netKey(p)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("divert what is for %s: %w", p, plain(err))
+		}
+	}
+	return nil
+}
+
+// SetLinks says which interfaces are there, by their indexes. It is called after the
+// Set that knows them: see DivertEntry.
+func (d *Diverter) SetLinks(indexes []uint32) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	links := make(map[uint32]bool, len(indexes))
+	for _, i := range indexes {
+		links[i] = true
+	}
+	if d.objs != nil {
+		if err := putLinks(d.objs, d.links, links); err != nil {
+			return err
+		}
+	}
+	d.links = links
+	return nil
+}
+
+// putLinks turns one set of interfaces into another.
+func putLinks(objs *divertObjects, from, to map[uint32]bool) error {
+	for i := range to {
+		if from[i] {
+			continue
+		}
+		if err := objs.Known.Put(i, uint32(1)); err != nil {
+			return fmt.Errorf("know interface %d: %w", i, plain(err))
+		}
+	}
+	for i := range from {
+		if to[i] {
+			continue
+		}
+		if err := objs.Known.Delete(i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget interface %d: %w", i, plain(err))
 		}
 	}
 	return nil

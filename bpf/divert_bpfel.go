@@ -43,6 +43,7 @@ type divertNet struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	divertMapDropped     = "dropped"
+	divertMapKnown       = "known"
 	divertMapOwn         = "own"
 	divertMapSockets     = "sockets"
 	divertProgDivert     = "divert"
@@ -103,6 +104,7 @@ type divertProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type divertMapSpecs struct {
 	Dropped *ebpf.MapSpec `ebpf:"dropped"`
+	Known   *ebpf.MapSpec `ebpf:"known"`
 	Own     *ebpf.MapSpec `ebpf:"own"`
 	Sockets *ebpf.MapSpec `ebpf:"sockets"`
 }
@@ -137,6 +139,7 @@ func (o *divertObjects) Close() error {
 // It can be passed to loadDivertObjects or ebpf.CollectionSpec.LoadAndAssign.
 type divertMaps struct {
 	Dropped *ebpf.Map `ebpf:"dropped"`
+	Known   *ebpf.Map `ebpf:"known"`
 	Own     *ebpf.Map `ebpf:"own"`
 	Sockets *ebpf.Map `ebpf:"sockets"`
 }
@@ -144,6 +147,7 @@ type divertMaps struct {
 func (m *divertMaps) Close() error {
 	return _DivertClose(
 		m.Dropped,
+		m.Known,
 		m.Own,
 		m.Sockets,
 	)

@@ -311,6 +311,71 @@ func TestDivert(t *testing.T) {
 	}
 }
 
+// TestDivertManyKinds: neither an interface that is yet to come nor the host's own
+// addresses keep entries behind them from what is theirs.
+func TestDivertManyKinds(t *testing.T) {
+	w := newDivertWorld(t)
+	host, err := w.Host.Listen(netip.MustParseAddrPort("[::]:443"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	go answer(host, "host")
+	w.own("10.0.0.1/32", "fd00::1/128", "198.51.100.2/32")
+	one, two := w.transparent("127.0.0.1:0"), w.transparent("127.0.0.1:0")
+	go answer(one, "one")
+	go answer(two, "two")
+	const tcp = unix.IPPROTO_TCP
+	w.do(func() error {
+		return w.d.Set(Diversion{
+			Entries: []DivertEntry{
+				{Absent: true, Protocol: tcp, First: 443, Last: 443},
+				{Interface: w.lan, Protocol: tcp, First: 443, Last: 443},
+				{Prefix: netip.MustParsePrefix("198.51.100.0/24"), Protocol: tcp, First: 443, Last: 443, Server: 1},
+			},
+			Sockets: []DivertSockets{{TCP4: raw(t, one)}, {TCP4: raw(t, two)}},
+		})
+	})
+	if err := w.d.SetLinks([]uint32{1, w.lan}); err != nil {
+		t.Fatal(err)
+	}
+	w.wants("of several kinds", map[string]string{
+		"203.0.113.99:443": "one at 203.0.113.99:443", "10.0.0.1:443": "host at 10.0.0.1:443", "198.51.100.2:443": "two at 198.51.100.2:443",
+		"[2001:db8:9::9]:443": "nobody",
+	})
+}
+
+// TestDivertStranger: what comes by an interface that has taken a diverted one's name
+// is nobody's, until the entries know it.
+func TestDivertStranger(t *testing.T) {
+	w := newDivertWorld(t)
+	host, err := w.Host.Listen(netip.MustParseAddrPort("[::]:443"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	go answer(host, "host")
+	w.own("10.0.0.1/32", "fd00::1/128")
+	gone := uint32(1 << 20) // what lan0 was when the entries were made
+	v := Diversion{Entries: []DivertEntry{{Interface: gone, Protocol: unix.IPPROTO_TCP, First: 443, Last: 443}}, Sockets: make([]DivertSockets, 1)}
+	w.do(func() error { return w.d.Set(v) })
+	if err := w.d.SetLinks([]uint32{1, gone}); err != nil {
+		t.Fatal(err)
+	}
+	held := map[string]string{"203.0.113.99:443": "nobody", "[2001:db8:9::9]:443": "nobody", "10.0.0.1:443": "host at 10.0.0.1:443", "[fd00::1]:443": "host at [fd00::1]:443"}
+	w.wants("by another interface of the name", held)
+	w.do(func() error { return w.d.Set(v) })
+	w.wants("with the same again", held)
+	if err := w.d.SetLinks([]uint32{1, w.lan}); err != nil {
+		t.Fatal(err)
+	}
+	w.wants("known, and not diverted", map[string]string{"[2001:db8:9::9]:443": "host at [2001:db8:9::9]:443", "10.0.0.1:443": "host at 10.0.0.1:443"})
+	if err := w.d.SetLinks([]uint32{1}); err != nil {
+		t.Fatal(err)
+	}
+	w.wants("forgotten", held)
+}
+
 func TestDiversionMistakes(t *testing.T) {
 	lab.Require(t)
 	for name, v := range map[string]Diversion{

@@ -170,6 +170,38 @@ func (w Want) leadsOff(have *Snapshot, link Link) bool {
 		})
 }
 
+// Diverted is what the rules of ours that are there lead to the host itself, whoever
+// wanted it: by interfaces, each once, in the order of the rules.
+func (s *Snapshot) Diverted(l Layout) []Divert {
+	var all []Divert
+	for _, r := range s.Rules {
+		if !l.ownsRule(r) || r.IIF == "" || r.Table != l.divertTable() {
+			continue
+		}
+		p := DivertPorts{Protocol: r.IPProto, First: r.DPort.First, Last: r.DPort.Last}
+		if r.DPort == (PortRange{}) {
+			p.Last = 65535
+		}
+		i := slices.IndexFunc(all, func(d Divert) bool { return d.Interface == r.IIF })
+		if i < 0 {
+			i = len(all)
+			all = append(all, Divert{Interface: r.IIF})
+		}
+		if !slices.Contains(all[i].Ports, p) { // the rule of the other family
+			all[i].Ports = append(all[i].Ports, p)
+		}
+	}
+	return all
+}
+
+// Diverts says whether the plan changes what is led to the host itself, or stopped
+// because it is not.
+func (p Plan) Diverts(l Layout) bool {
+	return slices.ContainsFunc(p.Ops, func(o Op) bool {
+		return o.Kind == KindRule && (o.Rule.Table == l.divertTable() || o.Rule.Table == l.restTable())
+	})
+}
+
 // loopback is the interface lo; the zero Link when it is not there.
 func (s *Snapshot) loopback() Link {
 	for _, l := range s.Links {

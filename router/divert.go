@@ -3,6 +3,7 @@ package router
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -187,11 +188,11 @@ func unopened(c *config.Config) []*server {
 }
 
 // diversion is what the kernel is to hand to servers, the first of which goes
-// before the others. What stands for interfaces that are not there comes last: it
-// drops what comes in by any.
-func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
+// before the others. What rules lead here and none of them takes, since another
+// configuration wanted it, is dropped.
+func diversion(servers []*server, s *netcfg.Snapshot, l netcfg.Layout) bpf.Diversion {
 	var v bpf.Diversion
-	add := func(e bpf.DivertEntry) {
+	add := func(e bpf.DivertEntry) { // but for what an earlier one takes whole
 		e.Server = len(v.Sockets) - 1
 		if !slices.ContainsFunc(v.Entries, func(o bpf.DivertEntry) bool {
 			o.Server = e.Server
@@ -199,6 +200,11 @@ func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
 		}) {
 			v.Entries = append(v.Entries, e)
 		}
+	}
+	on := func(name string, protocol uint8, first, last uint16) {
+		l, ok := s.Link(name)
+		// The rules are there already for one that is yet to come.
+		add(bpf.DivertEntry{Interface: uint32(l.Index), Absent: !ok, Protocol: protocol, First: first, Last: last})
 	}
 	for _, srv := range servers {
 		if !taps(srv.conf) {
@@ -209,22 +215,17 @@ func diversion(servers []*server, s *netcfg.Snapshot) bpf.Diversion {
 			add(bpf.DivertEntry{Prefix: n.Prefix, Protocol: unix.IPPROTO_TCP, First: n.First, Last: n.Last})
 		}
 		for _, name := range srv.conf.Interface {
-			l, ok := s.Link(name)
 			for _, d := range srv.conf.Divert {
-				// The rules are there already for one that is yet to come.
-				add(bpf.DivertEntry{Interface: uint32(l.Index), Absent: !ok, Protocol: protocol(d), First: d.First, Last: d.Last})
+				on(name, protocol(d), d.First, d.Last)
 			}
 		}
 	}
-	slices.SortStableFunc(v.Entries, func(a, b bpf.DivertEntry) int {
-		switch {
-		case a.Absent == b.Absent:
-			return 0
-		case b.Absent:
-			return -1
+	v.Sockets = append(v.Sockets, bpf.DivertSockets{})
+	for _, d := range s.Diverted(l) {
+		for _, p := range d.Ports {
+			on(d.Interface, p.Protocol, p.First, p.Last)
 		}
-		return 1
-	})
+	}
 	return v
 }
 
@@ -296,17 +297,35 @@ func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
 			return err
 		}
 	}
-	// Its own addresses first: a moment later they would be taken.
-	if err := k.diverter.SetOwn(s.Own()); err != nil {
-		return err
-	}
-	v := diversion(servers, s)
-	if err := k.diverter.Set(v); err != nil {
+	v := diversion(servers, s, r.want.Layout)
+	if err := takeOver(k.diverter, v, s); err != nil {
 		return err
 	}
 	k.diverted = v.Entries
 	r.tally.divert(k.diverter, v.Entries, s)
 	return nil
+}
+
+// takeOver puts a Diversion in force on the host that s shows.
+func takeOver(d *bpf.Diverter, v bpf.Diversion, s *netcfg.Snapshot) error {
+	// Its own addresses first: a moment later they would be taken. Interfaces last:
+	// what comes by one that no entry knows yet is dropped.
+	if err := d.SetOwn(s.Own()); err != nil {
+		return err
+	}
+	if err := d.Set(v); err != nil {
+		return err
+	}
+	return d.SetLinks(slices.Collect(maps.Values(indexes(s))))
+}
+
+// knowOwn exempts the host's own addresses, as they are now, from what is diverted.
+func (r *Router) knowOwn() error {
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return err
+	}
+	return r.kernel.diverter.SetOwn(have.Own())
 }
 
 // followDiverts brings what is diverted in line with the host's addresses and
@@ -319,11 +338,14 @@ func (r *Router) followDiverts(s *netcfg.Snapshot) {
 	if err := k.diverter.SetOwn(s.Own()); err != nil {
 		r.log.Error("the host's own addresses cannot be exempted from what is diverted", "err", err)
 	}
-	if slices.Equal(diversion(r.servers, s).Entries, k.diverted) {
+	if !slices.Equal(diversion(r.servers, s, r.want.Layout).Entries, k.diverted) {
+		if err := r.divert(r.servers, s); err != nil {
+			r.log.Error("traffic cannot be diverted", "err", err)
+		}
 		return
 	}
-	if err := r.divert(r.servers, s); err != nil {
-		r.log.Error("traffic cannot be diverted", "err", err)
+	if err := k.diverter.SetLinks(slices.Collect(maps.Values(indexes(s)))); err != nil {
+		r.log.Error("interfaces cannot be told from those that are new", "err", err)
 	}
 }
 
@@ -363,6 +385,9 @@ func (r *Router) settleDiverts() {
 		err = netcfg.Diff(have, r.want).Deletes().Apply(r.kernel.net)
 	}
 	if err == nil {
+		have, err = r.kernel.net.Read()
+	}
+	if err == nil {
 		err = r.divert(r.servers, have)
 	}
 	if err != nil {
@@ -384,41 +409,56 @@ func (r *Router) closeDiverter() error {
 		return errors.Join(d.Close(), cleanDiverter(r.o.Config, r.kernel.net))
 	}
 	r.log.Info("diverted traffic stays stopped: wayout clean lifts that")
-	have, err := r.kernel.net.Read()
-	if err == nil {
-		rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
-		err = d.Set(diversion(rest, have))
-	}
-	return errors.Join(err, d.Close())
+	return errors.Join(hold(d, c, r.kernel.net), d.Close())
 }
 
-// holdDiverts stops what a configuration diverts while no daemon takes it.
-func holdDiverts(c *config.Config, k *netcfg.Netlink) (err error) {
-	if !tapping(c) {
-		return nil
-	}
-	claim, err := k.Claim()
-	if errors.Is(err, netcfg.ErrClaimed) {
-		return nil // a daemon does
-	}
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, claim.Close()) }()
+// hold stops what a configuration diverts, as the host is now.
+func hold(d *bpf.Diverter, c *config.Config, k *netcfg.Netlink) error {
 	have, err := k.Read()
 	if err != nil {
 		return err
 	}
+	rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
+	return takeOver(d, diversion(rest, have, NetLayout(c)), have)
+}
+
+// ErrDaemonDiverts: a running daemon diverts other traffic than a configuration says.
+var ErrDaemonDiverts = errors.New("a daemon runs and diverts other traffic, and nothing was changed: wayout reload has it read its configuration again")
+
+// applyHolding makes the network as a plan has it. What a configuration diverts is
+// stopped before rules lead it here, and until a daemon takes it. While one does,
+// it is the daemon that changes these rules: for a moment without them, or without
+// sockets for what they lead here, traffic would go by.
+func applyHolding(c *config.Config, k *netcfg.Netlink, p netcfg.Plan, apply func() error) (err error) {
+	if !tapping(c) && !p.Diverts(NetLayout(c)) {
+		return apply()
+	}
+	claim, err := k.Claim()
+	switch {
+	case errors.Is(err, netcfg.ErrClaimed) && p.Diverts(NetLayout(c)):
+		return ErrDaemonDiverts
+	case errors.Is(err, netcfg.ErrClaimed):
+		return apply()
+	case err != nil:
+		return err
+	}
+	defer func() { err = errors.Join(err, claim.Close()) }()
 	d, err := openDiverter(c, k)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := d.SetOwn(have.Own()); err != nil {
+	if err := hold(d, c, k); err != nil {
 		return err
 	}
-	rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
-	return d.Set(diversion(rest, have))
+	if err := apply(); err != nil {
+		return err
+	}
+	if len(diverts(c)) == 0 { // the rules have gone
+		return cleanDiverter(c, k)
+	}
+	// Addresses that it has just made are the host's own.
+	return hold(d, c, k)
 }
 
 // listeningNets stands for the prefixes that a server listens on: their ports, on

@@ -243,9 +243,12 @@ func (r *Router) applyNetwork(ctx context.Context) error {
 		r.log.Info("network made as wished", "changes", len(p.Ops))
 	}
 	if k.diverter == nil { // of another configuration; its rules have just gone
-		if err := cleanDiverter(r.o.Config, k.net); err != nil {
-			return err
-		}
+		err = cleanDiverter(r.o.Config, k.net)
+	} else { // addresses that were just added are the host's own from the first
+		err = r.knowOwn()
+	}
+	if err != nil {
+		return err
 	}
 	if len(r.want.Uplinks) == 0 {
 		return nil

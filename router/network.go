@@ -17,21 +17,18 @@ type Changes struct {
 
 // PlanNetwork gives what ApplyNetwork would do. It changes nothing.
 func PlanNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(*netcfg.Netlink, func() error) error { return nil })
+	return withNetwork(c, func(*netcfg.Netlink, netcfg.Plan, func() error) error { return nil })
 }
 
 // ApplyNetwork makes addresses, rules and routes as the configuration wants
 // them. Twice is once.
 func ApplyNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(k *netcfg.Netlink, apply func() error) error {
-		if err := holdDiverts(c, k); err != nil {
-			return err
-		}
-		return apply()
+	return withNetwork(c, func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error {
+		return applyHolding(c, k, p, apply)
 	})
 }
 
-func withNetwork(c *config.Config, do func(k *netcfg.Netlink, apply func() error) error) (_ Changes, err error) {
+func withNetwork(c *config.Config, do func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error) (_ Changes, err error) {
 	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil, nil)
 	if err != nil {
 		return Changes{}, err
@@ -41,7 +38,7 @@ func withNetwork(c *config.Config, do func(k *netcfg.Netlink, apply func() error
 }
 
 // diffNetwork compares the kernel with a wish and lets do apply the difference.
-func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, apply func() error) error) (_ Changes, err error) {
+func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error) (_ Changes, err error) {
 	k, err := netcfg.Open(netcfg.Options{Layout: want.Layout})
 	if err != nil {
 		return Changes{}, err
@@ -52,7 +49,7 @@ func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, apply func() error
 		return Changes{}, err
 	}
 	p := netcfg.Diff(have, want)
-	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, func() error {
+	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, p, func() error {
 		_, err := netcfg.Make(k, have, want, nil)
 		return err
 	})
@@ -64,7 +61,7 @@ func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, apply func() error
 // of an exec, runs.
 func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	want := netcfg.Want{Layout: NetLayout(c)}
-	changes, err := diffNetwork(want, func(k *netcfg.Netlink, apply func() error) error {
+	changes, err := diffNetwork(want, func(k *netcfg.Netlink, _ netcfg.Plan, apply func() error) error {
 		claim, err := k.Claim()
 		if err != nil {
 			return err

@@ -218,9 +218,11 @@ func (r *Router) Run(ctx, now context.Context) (err error) {
 	cut, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	r.cut = cut
+	r.mu.Lock() // what is diverted follows the kernel already
 	for _, s := range r.servers {
 		r.serve(s)
 	}
+	r.mu.Unlock()
 	// Tens of thousands of nodes leave twice their size in garbage behind.
 	debug.FreeOSMemory()
 	r.ready.Store(true)

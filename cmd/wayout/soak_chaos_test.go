@@ -24,11 +24,12 @@ const (
 	kept
 	executed
 	pinned
+	pressing
 	crews
 )
 
 // share is the most that a crew may do of all operations, in percent.
-func (c crew) share() int { return [crews]int{100, 12, 20, 20}[c] }
+func (c crew) share() int { return [crews]int{100, 12, 20, 20, 25}[c] }
 
 // served says whether a crew needs the daemon.
 func (c crew) served() bool { return c == clients || c == kept }

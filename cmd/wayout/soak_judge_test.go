@@ -20,8 +20,7 @@ import (
 type lookout struct {
 	isp   string
 	watch *lab.Capture
-	links []netip.Prefix        // the networks of the uplink itself
-	own   func(netip.Addr) bool // whether a source is one of the uplink's paths'
+	judge func(lab.Packet) (kind string, ok bool)
 
 	mu    sync.Mutex
 	seen  map[string]int // by kind
@@ -42,14 +41,14 @@ const (
 // wrongsTold bounds what is told of wrong packets; they are counted all the same.
 const wrongsTold = 30
 
-func newLookout(t *testing.T, isp *lab.NS, links []netip.Prefix, own func(netip.Addr) bool) *lookout {
+func newLookout(t *testing.T, isp *lab.NS, judge func(lab.Packet) (kind string, ok bool)) *lookout {
 	t.Helper()
 	c, err := isp.Capture("host0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	l := &lookout{isp: isp.Name, watch: c, links: links, own: own, seen: map[string]int{}, stop: stop, done: make(chan struct{})}
+	l := &lookout{isp: isp.Name, watch: c, judge: judge, seen: map[string]int{}, stop: stop, done: make(chan struct{})}
 	go func() {
 		defer close(l.done)
 		for {
@@ -85,11 +84,25 @@ func (l *lookout) see(pkts []lab.Packet) {
 	}
 }
 
+// uplinkRules are what may be seen of an uplink.
+type uplinkRules struct {
+	links []netip.Prefix        // the networks of the uplink itself
+	own   func(netip.Addr) bool // whether a source is one of the uplink's paths'
+}
+
+// linksOf are the networks of the world's uplinks.
+func linksOf(uplink int) []netip.Prefix {
+	if uplink == 0 {
+		return []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:100::/64")}
+	}
+	return []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:200::/64")}
+}
+
 // judge tells of what kind a packet is, and whether it may be where it is. What
 // leaves for the origin has the source of a path, and of one of this uplink: also
 // what the kernel sends without a socket, resets, acknowledgements out of
 // TIME_WAIT and ICMP errors, since it answers from the address that was asked.
-func (l *lookout) judge(p lab.Packet) (kind string, ok bool) {
+func (l uplinkRules) judge(p lab.Packet) (kind string, ok bool) {
 	src, dst := p.Src.Addr(), p.Dst.Addr()
 	origin := dst.IsValid() && (dst.String() == lab.OriginAddr4 || dst.String() == lab.OriginAddr6)
 	switch {
@@ -209,10 +222,7 @@ func counts(m map[string]int) string {
 // TestLookoutJudges has the judge see what must not be.
 func TestLookoutJudges(t *testing.T) {
 	own := lab.Egress4()[0]
-	l := &lookout{
-		links: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:100::/64")},
-		own:   func(a netip.Addr) bool { return a == own },
-	}
+	l := uplinkRules{links: linksOf(0), own: func(a netip.Addr) bool { return a == own }}
 	at := func(s string) netip.AddrPort { return netip.AddrPortFrom(netip.MustParseAddr(s), 80) }
 	origin4, origin6 := at(lab.OriginAddr4), at(lab.OriginAddr6)
 	for _, c := range []struct {

@@ -32,6 +32,29 @@ const (
 	soakUsual   = 3000
 )
 
+// soakSize is what the environment says of a hunt: how many operations, and the
+// seed of what is done meanwhile.
+func soakSize(t *testing.T) (total int, seed uint64) {
+	t.Helper()
+	total, seed = soakUsual, uint64(time.Now().UnixNano())
+	if s := os.Getenv(soakEnv); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			t.Fatalf("%s: %v", soakEnv, err)
+		}
+		total = n
+	}
+	if s := os.Getenv(soakSeedEnv); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatalf("%s: %v", soakSeedEnv, err)
+		}
+		seed = n
+	}
+	t.Logf("%s=%d %s=%d", soakEnv, total, soakSeedEnv, seed)
+	return total, seed
+}
+
 // soakPath is a path of the hunt, and every source that it may have: by another
 // configuration or publication it has another one.
 type soakPath struct {
@@ -611,32 +634,15 @@ func (k *soak) calmed() {
 // and routes go and come, paths are drained, nodes published, the configuration is
 // reloaded and applied, and the daemon is killed and started again.
 func TestSoak(t *testing.T) {
-	total, seed := soakUsual, uint64(time.Now().UnixNano())
-	if s := os.Getenv(soakEnv); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatalf("%s: %v", soakEnv, err)
-		}
-		total = n
-	}
-	if s := os.Getenv(soakSeedEnv); s != "" {
-		n, err := strconv.ParseUint(s, 10, 64)
-		if err != nil {
-			t.Fatalf("%s: %v", soakSeedEnv, err)
-		}
-		seed = n
-	}
-	t.Logf("%s=%d %s=%d", soakEnv, total, soakSeedEnv, seed)
+	total, seed := soakSize(t)
 	k := newSoak(t, total)
 	if err := k.restore(); err != nil {
 		t.Fatal(err)
 	}
 	before := k.state()
-	v4, v6 := netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("2001:db8:100::/64")
-	w4, w6 := netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8:200::/64")
 	lookouts := []*lookout{
-		newLookout(t, k.ISP1, []netip.Prefix{v4, v6}, k.carries(0)),
-		newLookout(t, k.ISP2, []netip.Prefix{w4, w6}, k.carries(1)),
+		newLookout(t, k.ISP1, uplinkRules{linksOf(0), k.carries(0)}.judge),
+		newLookout(t, k.ISP2, uplinkRules{linksOf(1), k.carries(1)}.judge),
 	}
 	k.start(k.configuration(false))
 	k.untilPin(k.service, control.PinInForce)

@@ -31,9 +31,15 @@ const brief = 400 * time.Millisecond
 
 func newGateway(t *testing.T) *gateway {
 	t.Helper()
-	g := gatewayOf(t, newKernelScene(t), "10.0.0.0/24", "fd00::/64")
+	g := newForwarder(t)
 	g.up = []*lab.Capture{g.capture(g.ISP1, "host0"), g.capture(g.ISP2, "host0")}
 	return g
+}
+
+// newForwarder is a gateway whose uplinks nobody watches yet.
+func newForwarder(t *testing.T) *gateway {
+	t.Helper()
+	return gatewayOf(t, newKernelScene(t), "10.0.0.0/24", "fd00::/64")
 }
 
 // gatewayOf has a scene's host forward, and cleans up in the end.
