@@ -2,6 +2,7 @@ package router
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -45,7 +46,7 @@ func (p *plan) peers(e *config.Escaper) ([]escaper.NodeOptions, error) {
 			po.SelectionHeader = e.PeerSelectionHeader
 		}
 		if n.Kind == "proxy_https" {
-			po.TLSName, po.TLSCA = cmp.Or(n.TLSName, e.TLSName), cmp.Or(n.TLSCA, e.TLSCA)
+			po.TLSName, po.TLSCA = cmp.Or(n.TLSName, e.TLSName), authoritiesOf(e, n)
 		}
 		if err := add(&n.Peer, po); err != nil {
 			return nil, err
@@ -54,6 +55,29 @@ func (p *plan) peers(e *config.Escaper) ([]escaper.NodeOptions, error) {
 		last.Expire, last.Labels = n.Expire, n.Labels
 	}
 	return nodes, nil
+}
+
+// authoritiesOf is the file of those that may have signed a proxy's certificate.
+func authoritiesOf(e *config.Escaper, n *config.PublishedPeer) string {
+	return cmp.Or(n.TLSCA, e.TLSCA)
+}
+
+// fitPeers is fits for proxies.
+func (p *plan) fitPeers(e *config.Escaper, published []config.PublishedPeer) error {
+	authorities := escaper.NewAuthorities()
+	var errs []error
+	for i := range published {
+		n := &published[i]
+		if _, err := p.local(n.Path); err != nil {
+			errs = append(errs, fmt.Errorf("node %d: path: %w", i+1, err))
+		}
+		if file := authoritiesOf(e, n); n.Kind == "proxy_https" && file != "" {
+			if err := authorities.Read(file); err != nil {
+				errs = append(errs, fmt.Errorf("node %d: tls_ca: %w", i+1, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // local is what the sockets to a next-hop proxy are bound to: what those of a path

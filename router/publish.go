@@ -57,16 +57,17 @@ func (r *Router) takePublished(p, prior *plan) {
 			continue
 		}
 		was, err := readCache(e)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err == nil {
 			err = p.fits(e, &was)
 		}
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
+		if err != nil {
 			r.log.Error("published nodes cannot be taken up, the escaper has none", "escaper", e.Name, "cache", e.Cache, "err", err)
-		default:
-			p.published[e.Name] = was
+			continue
 		}
+		p.published[e.Name] = was
 	}
 }
 
@@ -110,17 +111,11 @@ func writeCache(file string, text []byte) (err error) {
 }
 
 // fits says what keeps nodes from being those of an escaper: an uplink that is
-// not configured, an eip that its probes cannot compare with, an ID that the operator's maps give to another address, or a
-// path to a proxy that there is not.
+// not configured, an eip that its probes cannot compare with, an ID that the operator's maps give to another address; of
+// proxies a path or a file that there is not.
 func (p *plan) fits(e *config.Escaper, now *publication) error {
 	if e.Proxy() {
-		var errs []error
-		for i := range now.peers {
-			if _, err := p.local(now.peers[i].Path); err != nil {
-				errs = append(errs, fmt.Errorf("node %d: path: %w", i+1, err))
-			}
-		}
-		return errors.Join(errs...)
+		return p.fitPeers(e, now.peers)
 	}
 	inline := map[string]config.Inline{}
 	for _, n := range p.inline(e.Name) {

@@ -120,11 +120,10 @@ func (r *Router) prepare(p, old *plan) (install func(), err error) {
 	if _, err := netcfg.Make(r.kernel.net, have, want, netcfg.Plan.Adds); err != nil {
 		return nil, fmt.Errorf("make the network as wished: %w", err)
 	}
-	now := time.Now()
-	if have, err = r.kernel.net.Read(); err != nil {
+	if err := r.readAgain(true, true); err != nil {
 		return nil, err
 	}
-	return r.settle(p, want, leaving, have, settled{now, now}, p.table.Directs())
+	return r.settle(p, want, leaving, p.table.Directs())
 }
 
 // prepareNodes is prepare for a plan that is the old one with other published
@@ -141,21 +140,11 @@ func (r *Router) prepareNodes(p, old *plan) (install func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the network as wished: %w", err)
 	}
-	have, at := r.have, r.settled
-	switch addrs, rest := made.Touches(); {
-	case rest:
-		at = settled{time.Now(), time.Now()}
-		have, err = r.kernel.net.Read()
-	case addrs:
-		at.addrs = time.Now()
-		have, err = r.kernel.net.ReadAddrs(have)
-	case lacks(have, fresh):
-		have, err = r.kernel.net.ReadAddrs(have)
-	}
-	if err != nil {
+	addrs, rest := made.Touches()
+	if err := r.readAgain(addrs || lacks(r.have, fresh), rest); err != nil {
 		return nil, err
 	}
-	return r.settle(p, want, leaving, have, at, fresh)
+	return r.settle(p, want, leaving, fresh)
 }
 
 // lacks says whether a snapshot is without an address of the paths of some
@@ -188,14 +177,15 @@ func (t settled) after(s *netcfg.Snapshot) bool {
 // settle has what the paths of a plan need beside the network in place, and
 // returns what puts the plan into force. anew are its escapers whose paths are
 // to be judged.
-func (r *Router) settle(p *plan, want netcfg.Want, leaving []*escaper.Path, have *netcfg.Snapshot, at settled, anew []*escaper.Direct) (install func(), err error) {
+func (r *Router) settle(p *plan, want netcfg.Want, leaving []*escaper.Path, anew []*escaper.Direct) (install func(), err error) {
+	have := r.have
 	r.setSources(p, have)
 	r.settlePrefixes(p, leaving, want, have)
 	if err := r.setGuards(p, have); err != nil {
 		return nil, err
 	}
 	return func() {
-		r.plan, r.want, r.leaving, r.have, r.settled = p, want, leaving, have, at
+		r.plan, r.want, r.leaving = p, want, leaving
 		r.judgePaths(p, have, anew)
 		r.reconfigurePins(p)
 		r.health.Use(p.table)
@@ -288,8 +278,9 @@ func (r *Router) sweep() {
 		r.want = want
 		var have *netcfg.Snapshot
 		if have, err = r.kernel.net.Read(); err == nil {
-			_, err = netcfg.Make(r.kernel.net, have, want, nil)
-			err = errors.Join(err, r.readAgain())
+			var made netcfg.Plan
+			made, err = netcfg.Make(r.kernel.net, have, want, nil)
+			err = errors.Join(err, r.readAgain(made.Touches()))
 		}
 	}
 	if err != nil {
@@ -297,16 +288,22 @@ func (r *Router) sweep() {
 	}
 }
 
-// readAgain takes note of the network after something was taken away: a
-// publication that brings it back must not find it there.
-func (r *Router) readAgain() error {
-	now := time.Now()
-	have, err := r.kernel.net.Read()
-	if err != nil {
-		return err
+// readAgain takes note of the network after addresses, or more than these, were
+// added or taken away: a publication that brings back what is gone must not find it there.
+func (r *Router) readAgain(addrs, rest bool) (err error) {
+	have, at := r.have, r.settled
+	switch now := time.Now(); {
+	case rest:
+		at = settled{now, now}
+		have, err = r.kernel.net.Read()
+	case addrs:
+		at.addrs = now
+		have, err = r.kernel.net.ReadAddrs(have)
 	}
-	r.have, r.settled = have, settled{now, now}
-	return nil
+	if err == nil {
+		r.have, r.settled = have, at
+	}
+	return err
 }
 
 // inKernel says whether the kernel still knows a TCP socket of a number, be it

@@ -82,6 +82,8 @@ func kernelSceneOf(t *testing.T, s *scene) *kernelScene {
 		lab.Missing(t, "ip")
 	}
 	k := &kernelScene{s, program}
+	// What the kernel adds for its own addresses is there before the tests look.
+	eventually(t, "the host's own addresses are usable", func() bool { return !strings.Contains(k.ip("-6", "addr", "show", "tentative"), "inet6") })
 	t.Cleanup(func() { // after the daemon's stop
 		if t.Failed() {
 			_, _, _ = k.command("clean", "--config", k.config)

@@ -246,7 +246,7 @@ func TestPublishPeersRefused(t *testing.T) {
 		{"unknown path", `[` + node("a", "http", hopHTTP, "") + `,` + node("x", "http", hopHTTP, by("out/p99")) + `]`, "node 2: path: there is no path out/p99"},
 		{"unknown escaper", `[` + node("x", "http", hopHTTP, by("none/p1")) + `]`, "node 1: path: there is no path none/p1"},
 		{"a path of itself", `[` + node("x", "http", hopHTTP, by("dyn/a")) + `]`, "want a path of a direct_fixed, and dyn is a proxy_float"},
-		{"no such authorities", `[` + node("x", "https", hopHTTP, `, "tls_ca": "/nonexistent/ca.pem"`) + `]`, "node x: peer " + hopHTTP + ": tls_ca"},
+		{"no such authorities", `[` + node("x", "https", hopHTTP, `, "tls_ca": "/nonexistent/ca.pem"`) + `]`, "node 1: tls_ca: open /nonexistent/ca.pem"},
 		{"an ID twice", `[` + node("x", "http", hopHTTP, "") + `,` + node("x", "http", hopOpen, "") + `]`, "node 2: id"},
 	} {
 		err := s.publishTo("dyn", c.text)
@@ -361,7 +361,7 @@ func TestPublishPeersTLS(t *testing.T) {
 		}
 	})
 	t.Cleanup(func() { l.Close(); s.daemon.Stop(); serving.Wait() }) //nolint:errcheck // the scene's own cleanup looks at how it ended
-	s.start(outConfig(fmt.Sprintf("  - {name: dyn, type: proxy_float, enable_path_selection: true, tls_ca: %q, tls_name: hop.test, probe: {tcp: %q, interval: 200ms, timeout: 200ms, rise: 1}}\n", ca, target4) +
+	s.start(outConfig(fmt.Sprintf("  - {name: dyn, type: proxy_float, enable_path_selection: true, cache: %q, tls_ca: %q, tls_name: hop.test, probe: {tcp: %q, interval: 200ms, timeout: 200ms, rise: 1}}\n", filepath.Join(s.dir, "dyn.json"), ca, target4) +
 		strings.Replace(openServer, "escaper: out", "escaper: dyn", 1)))
 	at := lab.OriginAddr4 + ":3443"
 	ps := &peerScene{hops: &hops{scene: s}}
@@ -385,4 +385,22 @@ func TestPublishPeersTLS(t *testing.T) {
 		s.until("dyn/"+id, func(p control.Path) bool { return p.State == "down" && strings.Contains(p.Reason, "certificate") })
 		s.asks("not who it should be", 3128, egress(id), "", 503)
 	}
+
+	// Without a file that a published node needs a reload is refused, and a start is
+	// one without nodes.
+	if err := os.Rename(other, other+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if _, errs, code := s.command("reload", "--config", s.config); code != 1 || !strings.Contains(errs, "node sign: ") || !strings.Contains(errs, other) {
+		t.Errorf("reload without the authorities of a published node: %d %q", code, errs)
+	}
+	s.asks("after a reload that was refused", 3128, egress("a"), lab.OriginAddr4, 0)
+	if err := s.daemon.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	s.run(lab.Program{})
+	if log := s.daemon.Log(); !strings.Contains(log, "published nodes cannot be taken up") || !strings.Contains(log, "node 3: tls_ca: open "+other) {
+		t.Errorf("the log: %s", log)
+	}
+	s.asks("without nodes", 3128, egress("a"), "", 400)
 }

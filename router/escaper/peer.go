@@ -54,6 +54,12 @@ type authorities struct {
 // NewAuthorities has read none yet.
 func NewAuthorities() *Authorities { return &Authorities{map[string]authorities{}} }
 
+// Read says what keeps a file from being one.
+func (a *Authorities) Read(file string) error {
+	_, err := a.read(file)
+	return err
+}
+
 func (a *Authorities) read(file string) (authorities, error) {
 	if was, ok := a.files[file]; ok {
 		return was, nil
