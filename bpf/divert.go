@@ -160,8 +160,8 @@ func divertPins(dir string) ([]string, error) {
 // which namespace those are). Else it is of no use, and removed.
 func (d *Diverter) adopt(name string) error {
 	path := filepath.Join(d.dir, name)
-	if name == pinDrops {
-		return d.adoptDrops(path)
+	if strings.HasPrefix(name, pinDrops) {
+		return d.adoptDrops(name)
 	}
 	l, err := link.LoadPinnedLink(path, nil)
 	if err != nil {
@@ -491,7 +491,7 @@ func CleanDivert(dir string, in Ingress) error {
 	}
 	var errs []error
 	for _, name := range names {
-		if name == pinDrops {
+		if strings.HasPrefix(name, pinDrops) {
 			continue
 		}
 		errs = append(errs, detachPinned(filepath.Join(dir, name)))

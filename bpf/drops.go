@@ -3,6 +3,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 
 	"github.com/cilium/ebpf"
 )
@@ -45,7 +46,11 @@ func (d *Diverter) Drops() (map[uint32]DivertDrops, error) {
 
 // adoptDrops goes on with the counts of an earlier run, if they are of this
 // network namespace and of this make.
-func (d *Diverter) adoptDrops(path string) error {
+func (d *Diverter) adoptDrops(name string) error {
+	if name != pinDrops { // a pin that was never finished
+		return unpin(d.dir, name)
+	}
+	path := filepath.Join(d.dir, name)
 	spec, err := loadDivert()
 	if err != nil {
 		return fmt.Errorf("read the eBPF object: %w", err)

@@ -185,6 +185,9 @@ func TestAssociationsCounted(t *testing.T) {
 		t.Errorf("%v associations, %v datagrams dropped; want 2 and 4", open, dropped)
 	}
 	a.Close()
+	if !s.daemon.Await(func(log string) bool { return strings.Contains(log, `"dropped":4`) }) {
+		t.Error("the access log does not say what was dropped")
+	}
 	eventually(t, "the end is counted", func() bool { open, _ := sums(); return open == 1 })
 }
 

@@ -152,6 +152,7 @@ func (f *flow) wait(halted func() bool, n int) error {
 	due := now.Add(f.budget.Take(now, n))
 	for d := due.Sub(now); d > 0; d = time.Until(due) {
 		if halted() {
+			f.budget.GiveBack(time.Now(), n)
 			return relay.ErrStopped
 		}
 		time.Sleep(min(d, pause))

@@ -64,6 +64,13 @@ func (b Budget) Take(now time.Time, n int) (wait time.Duration) {
 	return wait
 }
 
+// GiveBack undoes Take for bytes that do not pass after all.
+func (b Budget) GiveBack(now time.Time, n int) {
+	for _, l := range b {
+		l.ReserveN(now, -n)
+	}
+}
+
 // A Police drops datagrams, which do not wait. They go before all else that Of
 // bounds, as long as they keep to Own.
 type Police struct{ Own, Of Budget }
@@ -134,6 +141,14 @@ func (d *direction) spend(n int) {
 	d.taken = 0
 	if n > 0 {
 		d.budget.Take(time.Now(), n)
+	}
+}
+
+// giveBack is for a direction that has ended before its turn.
+func (d *direction) giveBack() {
+	if d.taken > 0 {
+		d.budget.GiveBack(time.Now(), d.taken)
+		d.taken = 0
 	}
 }
 

@@ -135,6 +135,9 @@ func TestBudgetEnds(t *testing.T) {
 			if r := x.result(t); r.Cause == nil || r.AToB != 0 {
 				t.Errorf("result %+v", r)
 			}
+			if tokens, want := b[0].Tokens(), -9.0*float64(relay.Burst(1000)); tokens < want || tokens > want+60_000 {
+				t.Errorf("%.0f bytes are missing, %.0f were taken by others", -tokens, -want)
+			}
 		})
 	}
 }
@@ -155,6 +158,11 @@ func TestBudgetTake(t *testing.T) {
 	if d := b.Take(at, 1); d.Round(time.Millisecond) != 30*time.Millisecond {
 		t.Errorf("the second waits for %v", d)
 	}
+	b.GiveBack(at, 2000)
+	if d := b.Take(at, 1); d.Round(time.Millisecond) != 10*time.Millisecond {
+		t.Errorf("after the first has given back, the third waits for %v", d)
+	}
+	b.Take(at, 2000)
 	two := relay.Budget{b[0], budget(1e9)[0]}
 	if d := two.Take(at, 1); d < 25*time.Millisecond {
 		t.Errorf("with a good limiter beside it: %v", d)

@@ -431,6 +431,7 @@ func (t *Tunnel) close(cause error) {
 			d.pipe = nil
 		}
 		t.unhold(d)
+		d.giveBack()
 	}
 	t.w.dead = append(t.w.dead, t)
 }
