@@ -11,7 +11,7 @@ import (
 // system calls. Of those that it is told of, one takes some 20 us with the
 // network's half of the work, which is how long the scheduler lets a thread be
 // in a call: then it gives the thread's place to another, and wakes one for that.
-// That is a tenth of what a forwarded request costs.
+// It came to a twentieth of what a forwarded request costs.
 
 // A socket is one way of a connection: of a reader, or of a writer.
 type socket struct {

@@ -61,16 +61,13 @@ func tiny(t *testing.T) options {
 	}
 }
 
-func TestRun(t *testing.T) {
-	lab.Require(t)
-	o := tiny(t)
-	t.Setenv("TMPDIR", t.TempDir())
-	o.modes = []string{"connect", "socks5", "http"}
-	var tables bytes.Buffer
-	if err := run(t.Context(), o, &tables); err != nil {
-		t.Fatalf("%v\n%s", err, &tables)
+// results runs and gives what the file and the tables say.
+func results(t *testing.T, o options) (got output, tables string) {
+	t.Helper()
+	var told bytes.Buffer
+	if err := run(t.Context(), o, &told); err != nil {
+		t.Fatalf("%v\n%s", err, &told)
 	}
-	var got output
 	text, err := os.ReadFile(o.out)
 	if err != nil {
 		t.Fatal(err)
@@ -78,8 +75,17 @@ func TestRun(t *testing.T) {
 	if err := json.Unmarshal(text, &got); err != nil {
 		t.Fatal(err)
 	}
+	return got, told.String()
+}
+
+func TestRun(t *testing.T) {
+	lab.Require(t)
+	o := tiny(t)
+	t.Setenv("TMPDIR", t.TempDir())
+	o.modes = []string{"connect", "socks5", "http"}
+	got, tables := results(t, o)
 	if len(got.Samples) != 12 || len(got.Summary) != 6 {
-		t.Fatalf("%d samples and %d rows of 2 peers, 3 modes, 2 rounds:\n%s", len(got.Samples), len(got.Summary), text)
+		t.Fatalf("%d samples and %d rows of 2 peers, 3 modes, 2 rounds:\n%+v", len(got.Samples), len(got.Summary), got)
 	}
 	for _, s := range got.Samples {
 		if s.Failed != "" || s.Errors > 0 || s.Ops == 0 || s.Checked < s.Ops || s.Wrong > 0 {
@@ -90,8 +96,8 @@ func TestRun(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"connect: new tunnel", "socks5: new SOCKS5 tunnel", "| wayout", "| direct", "0 of "} {
-		if !strings.Contains(tables.String(), want) {
-			t.Errorf("no %q in\n%s", want, &tables)
+		if !strings.Contains(tables, want) {
+			t.Errorf("no %q in\n%s", want, tables)
 		}
 	}
 	if left, err := os.ReadDir(os.TempDir()); err != nil || len(left) > 0 {
@@ -105,18 +111,7 @@ func TestDiverted(t *testing.T) {
 	lab.Require(t)
 	o := tiny(t)
 	o.modes, o.peers = []string{"connect", "http", "down-1", "pingpong"}, []string{"wayout-tproxy", "direct"}
-	var tables bytes.Buffer
-	if err := run(t.Context(), o, &tables); err != nil {
-		t.Fatalf("%v\n%s", err, &tables)
-	}
-	text, err := os.ReadFile(o.out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got output
-	if err := json.Unmarshal(text, &got); err != nil {
-		t.Fatal(err)
-	}
+	got, _ := results(t, o)
 	if len(got.Samples) != 14 {
 		t.Errorf("%d samples of 2 peers, 4 modes of which one has no diverted peer, and 2 rounds", len(got.Samples))
 	}
@@ -135,18 +130,7 @@ func TestOtherBuild(t *testing.T) {
 	lab.Require(t)
 	o := tiny(t)
 	o.other, o.modes, o.peers, o.rounds = o.wayout, []string{"connect"}, []string{"wayout", "wayout-other"}, 1
-	var tables bytes.Buffer
-	if err := run(t.Context(), o, &tables); err != nil {
-		t.Fatalf("%v\n%s", err, &tables)
-	}
-	text, err := os.ReadFile(o.out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got output
-	if err := json.Unmarshal(text, &got); err != nil {
-		t.Fatal(err)
-	}
+	got, _ := results(t, o)
 	for _, r := range got.Summary {
 		if r.ToBase.N != 1 || r.Faster.N != 1 || (r.Peer == "wayout") != (r.ToBase.Median == 1) || (r.Peer == "wayout") != (r.Faster.Median == 1) {
 			t.Errorf("%+v", r)
@@ -158,24 +142,13 @@ func TestHeldTunnels(t *testing.T) {
 	lab.Require(t)
 	o := tiny(t)
 	o.modes, o.rounds = []string{"idle", "ports"}, 1
-	var tables bytes.Buffer
-	if err := run(t.Context(), o, &tables); err != nil {
-		t.Fatalf("%v\n%s", err, &tables)
-	}
-	text, err := os.ReadFile(o.out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got output
-	if err := json.Unmarshal(text, &got); err != nil {
-		t.Fatal(err)
-	}
+	got, tables := results(t, o)
 	held := map[string]float64{}
 	for _, r := range got.Summary {
 		held[r.Peer+" "+r.Mode] = r.Held.Median
 	}
 	if held["wayout idle"] != 60 || held["wayout ports"] != 750 || len(held) != 2 {
-		t.Errorf("%v\n%s", held, &tables)
+		t.Errorf("%v\n%s", held, tables)
 	}
 }
 
