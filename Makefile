@@ -8,6 +8,8 @@ FUZZTIME ?= 60s
 CLANG    ?= clang-14
 STRIP    ?= llvm-strip-14
 VMKERNEL ?= linux-image-cloud-amd64
+VMTESTS  ?= bpf=^Test(Divert|Fragments|Responder|SharedPrefix|Pin|GuardOutlives|SetPath|LeastRights) netcfg=Ingress \
+            cmd/wayout=^Test(Transparent|TransparentFailsClosed|TransparentFragments|ListenOnPrefix|PrefixNeighbours|TwoUplinks|GuardOutlivesDaemon|PlanApplyClean|ServeMakesAndCleans)$$
 
 .PHONY: help build demo test soak lint fmt bench fuzz vm generate install clean
 
@@ -22,6 +24,7 @@ demo: build ## a many-address host, a client and an origin in namespaces of thei
 
 test: ## every test, under the race detector; live tests need root
 	$(GO) test -race -p 1 -timeout 20m ./... # one package at a time: live tests want the machine to themselves
+	GOFLAGS=-tags=clsact $(GO) test -race -p 1 -run 'Divert|Fragments|Responder|SharedPrefix|Transparent|PrefixNeighbours' ./bpf ./cmd/wayout # as below Linux 6.6
 
 soak: ## the hunts for a wrong source address, of proxies' clients and of diverted traffic, WAYOUT_SOAK operations each (needs root)
 	WAYOUT_TEST_LIVE=1 WAYOUT_SOAK=$(or $(WAYOUT_SOAK),100000) $(GO) test -run '^TestSoak' -count=1 -v -timeout 60m ./cmd/wayout
@@ -43,11 +46,11 @@ bench: ## microbenchmarks, and the tests that hot paths make no garbage; BENCH=r
 fuzz: ## every fuzz target for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) ./scripts/fuzz
 
-vm: ## give the eBPF objects to the kernel of Debian's VMKERNEL, in a virtual machine (needs qemu-system-x86; installs nothing)
+vm: ## VMTESTS (package=regexp ...) on the kernel of Debian's package VMKERNEL, in a virtual machine (needs qemu-system-x86; installs nothing)
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
 		package=$$(apt-cache depends --no-recommends --no-suggests $(VMKERNEL) | awk '/Depends: linux-image-/ { print $$2; exit }') && \
 		(cd "$$dir" && apt-get download -qq -o APT::Sandbox::User=root "$${package:-$(VMKERNEL)}" && dpkg -x *.deb .) && \
-		$(GO) run ./scripts/vm -kernel "$$dir"/boot/vmlinuz-*
+		$(GO) run ./scripts/vm -root "$$dir" -timeout 20m $(foreach t,$(VMTESTS),-test '$(t)')
 
 generate: ## rebuild what is generated and committed (needs clang-14 and libbpf's headers)
 	BPF2GO_CC=$(CLANG) BPF2GO_STRIP=$(STRIP) $(GO) generate ./...

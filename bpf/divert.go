@@ -136,10 +136,13 @@ func NewDiverter(dir string, in Ingress) (_ *Diverter, err error) {
 		return d, nil
 	}
 	indexes, err := in.Ingresses(divertFilter(dir))
+	if err != nil {
+		return nil, err
+	}
 	for _, index := range indexes {
 		d.filters[uint32(index)] = true
 	}
-	return d, err
+	return d, nil
 }
 
 // divertPins lists the pins in a directory; none when it is not there.

@@ -118,8 +118,10 @@
 //
 // # Requirements
 //
-// Linux 5.15, cgroup v2, CAP_BPF and CAP_NET_ADMIN (CAP_SYS_ADMIN to mount the
-// bpf file system); below Linux 6.8 CAP_PERFMON as well, without which the verifier
-// lets no part of what is kept on the stack be overwritten; for a Responder Linux 6.6 and CAP_NET_RAW. The objects are for
-// little-endian CPUs and are rebuilt, byte for byte, by go generate with clang 14.
+// Linux 5.15, cgroup v2, CAP_BPF and CAP_NET_ADMIN (CAP_SYS_ADMIN to mount the bpf file
+// system); CAP_PERFMON as well for the verifiers up to 6.14, which without it let no
+// part of what is kept on the stack be overwritten (6.17 does); for a Responder
+// CAP_NET_RAW; for it and the fragments of a Diverter Linux 6.6 or an Ingress. The
+// objects are for little-endian CPUs and are rebuilt, byte for byte, by go generate with
+// clang 14.
 package bpf

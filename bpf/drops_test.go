@@ -74,7 +74,7 @@ func TestDivertDrops(t *testing.T) {
 	if err := w.d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := CleanDivert(w.dir); err != nil {
+	if err := CleanDivert(w.dir, w.in); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Lstat(w.dir); !os.IsNotExist(err) {

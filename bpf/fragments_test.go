@@ -29,7 +29,9 @@ func TestFragmentsNeverSlip(t *testing.T) {
 	}
 	defer upstream.Close()
 	const whole = 5000 // a port that is not diverted
-	ours := func(p lab.Packet) bool { return p.Proto == unix.IPPROTO_UDP && p.Src.Addr().String() == lab.ClientAddr4 }
+	ours := func(p lab.Packet) bool {
+		return p.Proto == unix.IPPROTO_UDP && p.Src.Addr().String() == lab.ClientAddr4
+	}
 	var diverted, other *net.UDPConn
 	must(t, w.Client.Do(func() error {
 		dial := func(port int) *net.UDPConn {
@@ -128,7 +130,9 @@ func TestFragmentsNeverSlip(t *testing.T) {
 	send()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	if err := upstream.Await(ctx, func(p lab.Packet) bool { return ours(p) && p.Dst.Addr() == netip.MustParseAddr(lab.OriginAddr4) && p.Dst.Port() != whole }); err != nil {
+	if err := upstream.Await(ctx, func(p lab.Packet) bool {
+		return ours(p) && p.Dst.Addr() == netip.MustParseAddr(lab.OriginAddr4) && p.Dst.Port() != whole
+	}); err != nil {
 		t.Errorf("after the end: %v", err)
 	}
 }

@@ -62,7 +62,7 @@ enum {
 	SK_PASS = 1,
 };
 
-/* Verdicts of a tcx program, and a flag of bpf_skb_store_bytes. */
+/* Verdicts by tcx (by clsact TC_ACT_UNSPEC and SHOT); a flag of bpf_skb_store_bytes. */
 enum {
 	TCX_NEXT = -1,
 	TCX_DROP = 2,

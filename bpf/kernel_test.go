@@ -409,7 +409,6 @@ func wantsPerfmon(tb testing.TB) bool {
 // TestLeastRights loads the programs with three capabilities, and with two on
 // the kernels that take them so; without CAP_PERFMON the verifier allows less.
 // With one it says which is missing.
-//
 func TestLeastRights(t *testing.T) {
 	lab.Require(t)
 	load := func() error {

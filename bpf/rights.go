@@ -16,7 +16,8 @@ import (
 // What is not a refusal stays as it is, but that a verdict of the verifier is
 // completed by the right that older kernels want for these programs.
 func plain(err error) error {
-	if verdict := (*ebpf.VerifierError)(nil); errors.Is(err, unix.EACCES) || errors.As(err, &verdict) {
+	// With EFAULT the log of a verdict was too long (seen on 6.12 and 6.14).
+	if verdict := (*ebpf.VerifierError)(nil); errors.Is(err, unix.EACCES) || errors.Is(err, unix.EFAULT) || errors.As(err, &verdict) {
 		return perfmon(err)
 	}
 	if err == nil || !errors.Is(err, unix.EPERM) {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"wayout/bpf"
+	"wayout/netcfg"
 	"wayout/router"
 	"wayout/router/config"
 )
@@ -116,7 +117,7 @@ func kernelFeatures(release string, btf []byte) []kernelFeature {
 		}, probePortRange),
 		known(kernelFeature{
 			name: "addresses that are marked as ours (IFA_PROTO)", since: "5.18", level: levelNote,
-			means: "which addresses are wayout's stands in a file below /var/lib/wayout instead",
+			means: "which addresses are wayout's stands in a file below " + netcfg.DefaultStateDir + " instead",
 		}, ""),
 		tried(kernelFeature{
 			name: "ending connections from outside (INET_DIAG_DESTROY)", since: "4.5, built with CONFIG_INET_DIAG_DESTROY=y,", level: levelWarning,

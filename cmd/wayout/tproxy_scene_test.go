@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"wayout/scripts/lab"
@@ -326,4 +327,37 @@ func (g *gateway) flow(at string) func(say string) string {
 		g.t.Helper()
 		return sendOn(g.t, c, at, say, patience)
 	}
+}
+
+// clsact names the filters on what comes in by an interface of the host, and the
+// queueing discipline that they are of.
+func (g *gateway) clsact(name string) (all []string) {
+	g.t.Helper()
+	h := g.Host.Netlink()
+	link, err := h.LinkByName(name)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	qdiscs, err := h.QdiscList(link)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	for _, q := range qdiscs {
+		if q.Attrs().Handle == netlink.MakeHandle(0xffff, 0) {
+			all = append(all, q.Type())
+		}
+	}
+	if all == nil {
+		return nil
+	}
+	filters, err := h.FilterList(link, netlink.HANDLE_MIN_INGRESS)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	for _, f := range filters {
+		if b, ok := f.(*netlink.BpfFilter); ok && b.Name != "" {
+			all = append(all, b.Name)
+		}
+	}
+	return all
 }

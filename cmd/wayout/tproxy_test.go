@@ -100,8 +100,12 @@ func TestTransparentFailsClosed(t *testing.T) {
 	works("applied beside the daemon")
 	g.stop()
 	stopped("stopped")
+	t.Logf("lan0 has %v", g.clsact("lan0")) // nothing where the kernel has tcx
 	g.wayout("clean")
 	g.same("cleaned", before)
+	if left := g.clsact("lan0"); len(left) > 0 {
+		t.Errorf("cleaned: lan0 has %v", left)
+	}
 	g.dialAll("cleaned", map[string]string{at4(443): "nobody"})
 	g.forwarded("a connection", toPort(443))
 }

@@ -329,7 +329,7 @@ type Select struct {
 type Server struct {
 	Name   string           `key:"name" type:"name" required:"yes" meaning:"Its name in logs and metrics."`
 	Type   string           `key:"type" type:"one of" of:"http_proxy socks_proxy mixed_proxy tproxy" required:"yes" meaning:"http_proxy: CONNECT and absolute-form HTTP/1. socks_proxy: SOCKS5, SOCKS4 and SOCKS4a. mixed_proxy: all of these, told apart by the first byte. tproxy: TCP and UDP that the host would forward, taken on its way."`
-	Listen []netip.AddrPort `key:"listen" type:"ip:port list" for:"http_proxy socks_proxy mixed_proxy" required:"yes" meaning:"Where it listens: an address or a list. :PORT, or PORT alone, is all addresses of both families ([::]:PORT); port 0 is any free one. LOW-HIGH in the place of PORT is a range of ports. PREFIX:PORT, or [PREFIX]:PORT for IPv6, is every address of a prefix that is the host's own, by one listener (Linux 6.6)."`
+	Listen []netip.AddrPort `key:"listen" type:"ip:port list" for:"http_proxy socks_proxy mixed_proxy" required:"yes" meaning:"Where it listens: an address or a list. :PORT, or PORT alone, is all addresses of both families ([::]:PORT); port 0 is any free one. LOW-HIGH in the place of PORT is a range of ports. PREFIX:PORT, or [PREFIX]:PORT for IPv6, is every address of a prefix that is the host's own, by one listener."`
 	// ListenNets are the prefixes of listen.
 	ListenNets          []ListenNet
 	Escaper             string        `key:"escaper" type:"name" ref:"escaper" required:"yes" meaning:"What carries its requests out."`

@@ -63,6 +63,11 @@ func tryAll(r release) error {
 			errs = append(errs, fmt.Errorf("the probe for %q is wrong", f.Name))
 		}
 	}
+	ports, err := tryPorts()
+	if err != nil {
+		return err
+	}
+	tell("local ports of a socket with a range of its own: %s", ports)
 	in, err := netcfg.Open(netcfg.Options{})
 	if err != nil {
 		return err
@@ -168,6 +173,45 @@ func connect(mark uint32, from netip.Addr) (err error) {
 		return err
 	}
 	return c.Close()
+}
+
+// tryPorts says which local ports the kernel takes for connections to one destination.
+// Those of one parity come first unless the search by parity is off, and connects get
+// slow once they are used up.
+func tryPorts() (string, error) {
+	const localPortRange = 51 // IP_LOCAL_PORT_RANGE, linux/in.h
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer ln.Close()
+	dial := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}, Control: func(_, _ string, c syscall.RawConn) error {
+		var set error
+		err := c.Control(func(fd uintptr) {
+			set = errors.Join(
+				unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1),
+				unix.SetsockoptInt(int(fd), unix.SOL_IP, localPortRange, 60999<<16|32768),
+			)
+		})
+		return errors.Join(err, set)
+	}}
+	const connections = 32
+	var odd int
+	for range connections {
+		c, err := dial.Dial("tcp4", ln.Addr().String())
+		if errors.Is(err, unix.ENOPROTOOPT) {
+			return "cannot have one", nil
+		}
+		if err != nil {
+			return "", err
+		}
+		defer c.Close()
+		odd += c.LocalAddr().(*net.TCPAddr).Port % 2
+	}
+	if odd == 0 || odd == connections {
+		return "of one parity", nil
+	}
+	return "of both parities", nil
 }
 
 func tryPin() (err error) {
