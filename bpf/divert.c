@@ -238,6 +238,123 @@ static __always_inline __u32 fragment6(struct __sk_buff *skb, struct net *to)
 	return UNREADABLE;
 }
 
+/* Of what a client is told by the daemon in others' names. */
+volatile const __u32 answers_mark = 0;
+volatile const __u32 answers_mask = 0;
+
+/* Beginning of an ICMP message. */
+struct icmp {
+	__u8 type;
+	__u8 code;
+	__u16 check;
+	__u32 rest;
+};
+
+enum {
+	UNREACHABLE4 = 3,
+	QUENCH4 = 4,
+	EXCEEDED4 = 11,
+	PARAMETER4 = 12,
+	LAST_ERROR6 = 127, /* RFC 4443 section 2.1 */
+};
+
+/* Where the IP header is that an ICMP error is about; 0: it is none. */
+static __always_inline __u32 error4(struct __sk_buff *skb)
+{
+	struct icmp icmp = {};
+	struct ipv4 ip = {};
+	__u32 at;
+
+	if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET) ||
+	    ip.protocol != IPPROTO_ICMP)
+		return 0;
+	at = (ip.version_ihl & 15) * 4;
+	if (bpf_skb_load_bytes_relative(skb, at, &icmp, sizeof(icmp), BPF_HDR_START_NET))
+		return 0;
+	if (icmp.type != UNREACHABLE4 && icmp.type != QUENCH4 && icmp.type != EXCEEDED4 &&
+	    icmp.type != PARAMETER4)
+		return 0;
+	return at + sizeof(icmp);
+}
+
+static __always_inline __u32 error6(struct __sk_buff *skb)
+{
+	struct icmp icmp = {};
+	struct ipv6 ip = {};
+
+	if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET) ||
+	    ip.nexthdr != IPPROTO_ICMPV6)
+		return 0;
+	if (bpf_skb_load_bytes_relative(skb, sizeof(ip), &icmp, sizeof(icmp), BPF_HDR_START_NET) ||
+	    icmp.type > LAST_ERROR6)
+		return 0;
+	return sizeof(ip) + sizeof(icmp);
+}
+
+/*
+ * Whether a packet is an ICMP error of what the daemon has told a client in the
+ * name of another host. It is for that host by its address, and for the daemon's
+ * socket by what it is about: forwarded, it would show who the client is, and
+ * the socket would never learn what the way back carries.
+ */
+static __always_inline bool is_answered(struct __sk_buff *skb)
+{
+	struct net from = {};
+	__u8 fragment[8] = {};
+	__u16 port = 0;
+	__u32 at;
+	__u8 proto;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct ipv4 ip = {};
+
+		at = error4(skb);
+		if (!at || bpf_skb_load_bytes_relative(skb, at, &ip, sizeof(ip), BPF_HDR_START_NET))
+			return 0;
+		mapped4(&from, ip.saddr);
+		proto = ip.protocol;
+		at += (ip.version_ihl & 15) * 4;
+		if (ip.frag & bpf_htons(FRAGMENT4 & 0x1fff))
+			at = 0;
+	} else {
+		struct ipv6 ip = {};
+
+		at = error6(skb);
+		if (!at || bpf_skb_load_bytes_relative(skb, at, &ip, sizeof(ip), BPF_HDR_START_NET))
+			return 0;
+		from.bits = 128;
+		for (int i = 0; i < 4; i++)
+			from.addr[i] = ip.saddr[i];
+		proto = ip.nexthdr;
+		at += sizeof(ip);
+		if (proto == IPPROTO_FRAGMENT) {
+			if (bpf_skb_load_bytes_relative(skb, at, fragment, sizeof(fragment),
+							BPF_HDR_START_NET))
+				return 0;
+			proto = fragment[0];
+			at += sizeof(fragment);
+			if (fragment[2] || fragment[3] & 0xf8)
+				at = 0;
+		}
+	}
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		return 0;
+	/* A later fragment has no ports: any of the protocol will do. */
+	if (at && bpf_skb_load_bytes_relative(skb, at, &port, sizeof(port), BPF_HDR_START_NET))
+		return 0;
+	port = bpf_htons(port);
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		const volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (x->ifindex == skb->ifindex && x->protocol == proto &&
+		    (!at || (port >= x->first && port <= x->last)))
+			return !is_own(&from);
+	}
+	return 0;
+}
+
 /*
  * A fragment has no ports that a rule could go by, so that the rule for a port
  * lets it through: it is dropped, unless it is for the host itself. One of
@@ -260,8 +377,11 @@ int fragments(struct __sk_buff *skb)
 		found = fragment6(skb, &to);
 	else
 		return TCX_NEXT;
-	if (likely(found == NO_FRAGMENT))
+	if (likely(found == NO_FRAGMENT)) {
+		if (unlikely(is_answered(skb)))
+			skb->mark = (skb->mark & ~answers_mask) | answers_mark;
 		return TCX_NEXT;
+	}
 	proto = found & 0xff;
 	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
 		const volatile struct entry *x = &entries[i];

@@ -69,6 +69,10 @@ type DivertSockets struct{ TCP4, TCP6, UDP4, UDP6 Socket }
 type Diversion struct {
 	Entries []DivertEntry
 	Sockets []DivertSockets
+
+	// Mark and Mask of the sockets that answer clients: ICMP errors about answers get
+	// it as well, for a rule to lead them here.
+	Mark, Mask uint32
 }
 
 // Diverter hands to sockets of ours what the kernel delivers on this host for
@@ -275,6 +279,7 @@ func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, drops *ebpf
 	}
 	for name, value := range map[string]any{
 		divertVarEntries: entries, divertVarCount: uint32(len(v.Entries)), divertVarByInterface: boolValue(byInterface),
+		divertVarAnswersMark: v.Mark, divertVarAnswersMask: v.Mask,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)

@@ -48,6 +48,8 @@ const (
 	divertMapSockets     = "sockets"
 	divertProgDivert     = "divert"
 	divertProgFragments  = "fragments"
+	divertVarAnswersMark = "answers_mark"
+	divertVarAnswersMask = "answers_mask"
 	divertVarByInterface = "by_interface"
 	divertVarCount       = "count"
 	divertVarEntries     = "entries"
@@ -113,6 +115,8 @@ type divertMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type divertVariableSpecs struct {
+	AnswersMark *ebpf.VariableSpec `ebpf:"answers_mark"`
+	AnswersMask *ebpf.VariableSpec `ebpf:"answers_mask"`
 	ByInterface *ebpf.VariableSpec `ebpf:"by_interface"`
 	Count       *ebpf.VariableSpec `ebpf:"count"`
 	Entries     *ebpf.VariableSpec `ebpf:"entries"`
@@ -157,6 +161,8 @@ func (m *divertMaps) Close() error {
 //
 // It can be passed to loadDivertObjects or ebpf.CollectionSpec.LoadAndAssign.
 type divertVariables struct {
+	AnswersMark *ebpf.Variable `ebpf:"answers_mark"`
+	AnswersMask *ebpf.Variable `ebpf:"answers_mask"`
 	ByInterface *ebpf.Variable `ebpf:"by_interface"`
 	Count       *ebpf.Variable `ebpf:"count"`
 	Entries     *ebpf.Variable `ebpf:"entries"`

@@ -99,9 +99,15 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 	// uplink's `from` rule sends away.
 	out.rules = append(out.rules, Rule{
 		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
-		Action: actionLookup, Protocol: Protocol,
+		IIF: "lo", Action: actionLookup, Protocol: Protocol,
 	})
 	for _, d := range w.Diverts {
+		// What comes in with their mark is about them: ICMP errors of clients, and of
+		// routers on the way to these, that who diverts has marked.
+		out.rules = append(out.rules, Rule{
+			Family: f, Priority: w.Layout.RulePriority + priorityDivert, Table: w.Layout.divertTable(), IIF: d.Interface,
+			Mark: w.Answers.Value, Mask: w.Answers.Mask, Action: actionLookup, Protocol: Protocol,
+		})
 		out.rules = append(out.rules, w.divertRules(f, d, priorityDivert, netip.Prefix{})...)
 		out.rules = append(out.rules, w.nearRules(have, f, d)...)
 		if d.Rest == RestDrop {

@@ -476,8 +476,10 @@ ip route add unreachable default table 12154 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
 ip route add local default dev lo table 12154 proto 119 metric 1024
 ip -6 route add local default dev lo table 12154 proto 119 metric 1024
-ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
-ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip -6 rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
 ip rule add priority 12031 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
 ip rule add priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
 ip rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
@@ -497,6 +499,8 @@ ip -6 rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 look
 			ip: `
 ip route add unreachable default table 12153 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12153 proto 119 metric 4294967295
+ip rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
+ip -6 rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
 ip rule add priority 12033 from all iif br0 lookup 12153 proto 119
 ip rule add priority 12032 from all iif br0 ipproto tcp lookup 12154 proto 119
 ip -6 rule add priority 12033 from all iif br0 lookup 12153 proto 119
@@ -515,8 +519,10 @@ ip route add unreachable default table 12154 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
 ip route add local default dev lo table 12154 proto 119 metric 1024
 ip -6 route add local default dev lo table 12154 proto 119 metric 1024
-ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
-ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
+ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip -6 rule add priority 12032 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
 ip rule add priority 12031 from all to 198.51.100.0/24 iif eth0 lookup main suppress_prefixlength 0 proto 119
 ip rule add priority 12030 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
 ip rule add priority 12030 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
@@ -552,8 +558,10 @@ ip rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 
 ip rule del priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
 ip -6 rule del priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
 ip -6 rule del priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
-ip -6 rule del priority 11900 from all fwmark 0xc10000/0xff0000 lookup main proto 119
+ip rule del priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip rule del priority 12032 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip -6 rule del priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119
+ip -6 rule del priority 12032 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
 ip route del local default dev lo table 12154 proto 119 metric 1024
 ip -6 route del local default dev lo table 12154 proto 119 metric 1024
 ip route del unreachable default table 12154 proto 119 metric 4294967295

@@ -298,6 +298,7 @@ func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
 		}
 	}
 	v := diversion(servers, s, r.want.Layout)
+	v.Mark, v.Mask = r.plan.answers.Value, r.plan.answers.Mask
 	if err := takeOver(k.diverter, v, s); err != nil {
 		return err
 	}
@@ -418,8 +419,14 @@ func hold(d *bpf.Diverter, c *config.Config, k *netcfg.Netlink) error {
 	if err != nil {
 		return err
 	}
+	layout, err := markLayout(c)
+	if err != nil {
+		return err
+	}
 	rest := slices.DeleteFunc(unopened(c), func(s *server) bool { return s.conf.Type != "tproxy" })
-	return takeOver(d, diversion(rest, have, NetLayout(c)), have)
+	v := diversion(rest, have, NetLayout(c))
+	v.Mark, v.Mask = layout.Answers()
+	return takeOver(d, v, have)
 }
 
 // ErrDaemonDiverts: a running daemon diverts other traffic than a configuration says.

@@ -36,7 +36,7 @@ func TestConfigurationsOfTheDocuments(t *testing.T) {
 			}
 		}
 	}
-	for _, file := range []string{"README.md", "escapers.md", "kernel.md", "operation.md"} {
+	for _, file := range []string{"README.md", "escapers.md", "gateway.md", "kernel.md", "operation.md"} {
 		if found[file] == 0 {
 			t.Errorf("%s holds no configuration: is it looked for as it is written?", file)
 		}

@@ -127,6 +127,10 @@ func TestTransparentContainers(t *testing.T) {
 	untouched("killed")
 	g.run(lab.Program{})
 	ways("started again")
+	// All ports: the answers of a published port are among them.
+	g.replaceConfig(strings.Replace(documented(t, "Containers"), "tcp/443, ", "tcp/*, ", 1))
+	ways("all ports")
+	g.as(g.Origin).dialAll("a published port where all ports are diverted", map[string]string{lab.Primary1Of4 + ":443": "nobody"})
 	// Who is no user of the group has no path.
 	if err := c.Two.AddAddr("eth0", netip.MustParsePrefix("172.17.0.9/16")); err != nil {
 		t.Fatal(err)

@@ -48,6 +48,7 @@ func newAnswerer(v4 bool, mark uint32) (_ *answerer, err error) {
 		{"SO_ATTACH_FILTER", unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing[0]})},
 		{"SO_MARK", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(mark))},
 		{"IP_TRANSPARENT", unix.SetsockoptInt(fd, level, option, 1)},
+		{"IP_MTU_DISCOVER", mayBeCut(fd, v4)},
 		{"bind", unix.Bind(fd, at)},
 	} {
 		if step.err != nil {
@@ -55,6 +56,16 @@ func newAnswerer(v4 bool, mark uint32) (_ *answerer, err error) {
 		}
 	}
 	return &answerer{fd}, nil
+}
+
+// mayBeCut lets routers on the way to the client fragment answers. Nobody here is
+// told when one is too large for them: the socket is bound to another address. Of
+// IPv6 only the sender fragments.
+func mayBeCut(fd int, v4 bool) error {
+	if !v4 {
+		return nil
+	}
+	return unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT)
 }
 
 func (a *answerer) close() error { return unix.Close(a.fd) }
