@@ -181,7 +181,7 @@ func (w Want) leadsOff(have *Snapshot, link Link) bool {
 func (s *Snapshot) Diverted(l Layout) []Divert {
 	var all []Divert
 	for _, r := range s.Rules {
-		if !l.ownsRule(r) || r.IIF == "" || r.Table != l.divertTable() {
+		if !l.ownsRule(r) || r.IIF == "" || r.IPProto == 0 || r.Table != l.divertTable() {
 			continue
 		}
 		p := DivertPorts{Protocol: r.IPProto, First: r.DPort.First, Last: r.DPort.Last}
