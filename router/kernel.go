@@ -414,7 +414,7 @@ func (r *Router) onChange(s *netcfg.Snapshot) {
 	r.followDiverts(s)
 	n, err := netcfg.Reconcile(r.kernel.net, s, r.want, r.log)
 	if n > 0 {
-		err = errors.Join(err, r.readAgain(true, true))
+		err = errors.Join(err, r.putBack(s))
 	}
 	if err != nil {
 		r.log.Error("network state cannot be put back", "err", err)

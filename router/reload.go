@@ -306,6 +306,22 @@ func (r *Router) readAgain(addrs, rest bool) (err error) {
 	return err
 }
 
+// putBack takes note of the network after what had vanished of a snapshot was put
+// back, for the next publication. What the watch reads next is newer; only where
+// addresses came or went may it be in part from before.
+func (r *Router) putBack(s *netcfg.Snapshot) error {
+	now := time.Now()
+	have, err := r.kernel.net.Read()
+	if err != nil {
+		return err
+	}
+	if moved, _ := have.Moved(s); len(moved) > 0 {
+		r.settled.addrs = now
+	}
+	r.have = have
+	return nil
+}
+
 // inKernel says whether the kernel still knows a TCP socket of a number, be it
 // one that it closes by itself.
 func (r *Router) inKernel(number uint32) bool {
