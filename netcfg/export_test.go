@@ -111,6 +111,7 @@ var (
 	ParseAddr    = parseAddr
 	ParseRoute   = parseRoute
 	ParseRule    = parseRule
+	ParseFilter  = parseFilter
 	ParseNFTRule = parseNFTRule
 	ParseClaims  = parseClaims
 	EachMessage  = eachMessage

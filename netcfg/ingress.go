@@ -38,25 +38,25 @@ func (k *Netlink) SetIngress(index int, name string, prog int) error {
 	if !strings.HasPrefix(name, ourFilters) {
 		return fmt.Errorf("program on interface %d: name %q", index, name)
 	}
-	if err := setIngress(k.tc, index, name, prog); err != nil {
+	if err := k.setIngress(index, name, prog); err != nil {
 		return fmt.Errorf("attach a program to interface %d: %w", index, err)
 	}
 	return nil
 }
 
-func setIngress(h *netlink.Handle, index int, name string, prog int) error {
-	err := noClsact(h.QdiscAdd(clsact(index)))
+func (k *Netlink) setIngress(index int, name string, prog int) error {
+	err := noClsact(k.tc.QdiscAdd(clsact(index)))
 	made := err == nil
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	all, err := filters(h, index, netlink.HANDLE_MIN_INGRESS)
+	all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
 	if err != nil {
 		return err
 	}
 	if f := filterOf(all, name); f != nil {
 		f.Fd = prog
-		return h.FilterReplace(f)
+		return k.tc.FilterReplace(f)
 	}
 	f := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
@@ -67,9 +67,9 @@ func setIngress(h *netlink.Handle, index int, name string, prog int) error {
 	if made || slices.ContainsFunc(all, tellsMade) {
 		f.Name += madeClsact
 	}
-	err = noClsact(h.FilterAdd(f))
+	err = noClsact(k.tc.FilterAdd(f))
 	if err != nil && made {
-		err = errors.Join(err, h.QdiscDel(clsact(index)))
+		err = errors.Join(err, k.tc.QdiscDel(clsact(index)))
 	}
 	return err
 }
@@ -77,14 +77,14 @@ func setIngress(h *netlink.Handle, index int, name string, prog int) error {
 // UnsetIngress takes off what SetIngress has put on, and the discipline if it is
 // wayout's and has nothing left. What is not there is no error.
 func (k *Netlink) UnsetIngress(index int, name string) error {
-	if err := unsetIngress(k.tc, index, name); err != nil {
+	if err := k.unsetIngress(index, name); err != nil {
 		return fmt.Errorf("detach a program from interface %d: %w", index, err)
 	}
 	return nil
 }
 
-func unsetIngress(h *netlink.Handle, index int, name string) error {
-	all, err := filters(h, index, netlink.HANDLE_MIN_INGRESS)
+func (k *Netlink) unsetIngress(index int, name string) error {
+	all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
 	if err != nil {
 		return err
 	}
@@ -93,18 +93,18 @@ func unsetIngress(h *netlink.Handle, index int, name string) error {
 		return nil
 	}
 	f.Fd = -1
-	if err := h.FilterDel(f); err != nil && !isGone(err) {
+	if err := k.tc.FilterDel(f); err != nil && !isGone(err) {
 		return err
 	}
 	if !tellsMade(f) {
 		return nil
 	}
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		if left, err := filters(h, index, parent); err != nil || len(left) > 0 {
+		if left, err := k.filters(index, parent); err != nil || len(left) > 0 {
 			return err
 		}
 	}
-	if err := h.QdiscDel(clsact(index)); err != nil && !isGone(err) {
+	if err := k.tc.QdiscDel(clsact(index)); err != nil && !isGone(err) {
 		return err
 	}
 	return nil
@@ -112,17 +112,13 @@ func unsetIngress(h *netlink.Handle, index int, name string) error {
 
 // Ingresses lists the interfaces that have a program by that name.
 func (k *Netlink) Ingresses(name string) ([]int, error) {
-	qdiscs, err := whole(func() ([]netlink.Qdisc, error) { return k.tc.QdiscList(nil) })
+	indexes, err := k.ingressLinks()
 	if err != nil {
 		return nil, fmt.Errorf("list queueing disciplines: %w", err)
 	}
 	var found []int
-	for _, q := range qdiscs {
-		if t := q.Type(); t != "clsact" && t != "ingress" {
-			continue
-		}
-		index := q.Attrs().LinkIndex
-		all, err := filters(k.tc, index, netlink.HANDLE_MIN_INGRESS)
+	for _, index := range indexes {
+		all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
 		if err != nil {
 			return nil, fmt.Errorf("list the programs on interface %d: %w", index, err)
 		}
@@ -152,13 +148,12 @@ func tryIngress(prog int) error {
 		}
 		return fmt.Errorf("make a network namespace: %w", err)
 	}
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	k, err := Open(Options{})
 	if err != nil {
-		return fmt.Errorf("open a netlink socket: %w", err)
+		return err
 	}
-	defer h.Close()
 	const loopback = 1
-	return setIngress(h, loopback, ourFilters+"trial", prog)
+	return errors.Join(k.setIngress(loopback, ourFilters+"trial", prog), k.Close())
 }
 
 func clsact(index int) netlink.Qdisc {
@@ -167,25 +162,75 @@ func clsact(index int) netlink.Qdisc {
 	}}
 }
 
-// filters lists those of an interface. The discipline ingress, which others may have
-// put in the place of clsact, takes the same parent for them.
-func filters(h *netlink.Handle, index int, parent uint32) ([]netlink.Filter, error) {
-	link := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}}
-	all, err := whole(func() ([]netlink.Filter, error) { return h.FilterList(link, parent) })
+// What others have made is read here and not by the library, which would read all of
+// it, and fail where it cannot.
+
+// ingressLinks lists the interfaces with one of the disciplines, clsact or ingress,
+// that have filters on what comes in.
+func (k *Netlink) ingressLinks() (all []int, err error) {
+	_, err = k.dump(unix.RTM_GETQDISC, unix.RTM_NEWQDISC, (&nl.TcMsg{}).Serialize(), func() { all = nil }, func(b []byte) error {
+		if len(b) < nl.SizeofTcMsg {
+			return fmt.Errorf("a queueing discipline of %d bytes", len(b))
+		}
+		if m := nl.DeserializeTcMsg(b); m.Handle == netlink.MakeHandle(0xffff, 0) {
+			all = append(all, int(m.Ifindex))
+		}
+		return nil
+	})
+	return all, err
+}
+
+// filters lists those of an interface. The discipline ingress takes the same parent
+// for them as clsact.
+func (k *Netlink) filters(index int, parent uint32) (all []netlink.Filter, err error) {
+	ask := &nl.TcMsg{Ifindex: int32(index), Parent: parent}
+	_, err = k.dump(unix.RTM_GETTFILTER, unix.RTM_NEWTFILTER, ask.Serialize(), func() { all = nil }, func(b []byte) error {
+		f, err := parseFilter(b)
+		all = append(all, f)
+		return err
+	})
 	if isGone(err) || errors.Is(err, unix.EINVAL) { // neither discipline, nor filters
 		return nil, nil
 	}
 	return all, err
 }
 
-// whole takes a list again that was interrupted by a change.
-func whole[T any](list func() ([]T, error)) (all []T, err error) {
-	for range dumpTries {
-		if all, err = list(); !errors.Is(err, nl.ErrDumpInterrupted) {
-			break
-		}
+// parseFilter reads whose a filter is and where it stands. Of an eBPF program it is a
+// BpfFilter, with a name; one without a handle is what a priority begins with.
+func parseFilter(b []byte) (netlink.Filter, error) {
+	if len(b) < nl.SizeofTcMsg {
+		return nil, fmt.Errorf("a filter of %d bytes", len(b))
 	}
-	return all, err
+	m := nl.DeserializeTcMsg(b)
+	a := netlink.FilterAttrs{LinkIndex: int(m.Ifindex), Handle: m.Handle, Parent: m.Parent}
+	a.Priority, a.Protocol = netlink.MajorMinor(m.Info)
+	a.Protocol = nl.Swap16(a.Protocol)
+	var kind, name string
+	err := eachAttr(b[nl.SizeofTcMsg:], func(typ uint16, v []byte) (err error) {
+		switch {
+		case typ == nl.TCA_KIND:
+			kind = attrString(v)
+		case typ == nl.TCA_CHAIN:
+			var chain uint32
+			chain, err = attrU32(v)
+			a.Chain = &chain
+		case typ == nl.TCA_OPTIONS && kind == "bpf": // the kind comes first
+			err = eachAttr(v, func(typ uint16, v []byte) error {
+				if typ == nl.TCA_BPF_NAME {
+					name = attrString(v)
+				}
+				return nil
+			})
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("a filter: %w", err)
+	}
+	if kind != "bpf" {
+		return &netlink.GenericFilter{FilterAttrs: a, FilterType: kind}, nil
+	}
+	return &netlink.BpfFilter{FilterAttrs: a, Name: name, Fd: -1, DirectAction: true}, nil
 }
 
 // filterOf finds the filter of a name; nil when there is none.

@@ -161,6 +161,9 @@ func FuzzParse(f *testing.F) {
 		if r, ok, err := netcfg.ParseRule(b); ok && (err != nil || !strings.Contains(r.String(), "from")) {
 			t.Errorf("rule %+v, error %v", r, err)
 		}
+		if f, err := netcfg.ParseFilter(b); err == nil && f.Attrs().LinkIndex != int(int32(binary.NativeEndian.Uint32(b[4:]))) {
+			t.Errorf("filter %+v", f)
+		}
 	})
 }
 
