@@ -284,7 +284,7 @@ func TestTransparentFlowsEnd(t *testing.T) {
 	g := newGateway(t)
 	const flows = 4
 	server := datagramsAt(t, g.Origin, at4(1500))
-	g.start(uplinkConfig(lan(fmt.Sprintf(`divert: ["udp/1500"], select: {out: p6}, udp_idle_timeout: 2s, udp_flows: %d`, flows))))
+	g.start(uplinkConfig(lan(fmt.Sprintf(`divert: ["udp/1500"], select: {out: p6}, udp_idle_timeout: 3s, udp_flows: %d`, flows))))
 	open := func(n int64) {
 		t.Helper()
 		g.until("out/p6", func(p control.Path) bool { return p.Connections.Open == n })
@@ -293,8 +293,10 @@ func TestTransparentFlowsEnd(t *testing.T) {
 	seen := one.say(server, "hello")
 	open(1)
 	// The server's datagrams alone keep it.
+	pace := time.NewTicker(500 * time.Millisecond)
+	defer pace.Stop()
 	for i := range 8 {
-		time.Sleep(500 * time.Millisecond) // the load, and no wait for anything
+		<-pace.C
 		if _, err := server.WriteToUDPAddrPort(fmt.Appendf(nil, "news %d", i), seen); err != nil {
 			t.Fatal(err)
 		}

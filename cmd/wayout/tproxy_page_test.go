@@ -68,7 +68,7 @@ server:
 	nft("add rule inet filter input meta l4proto { icmp, ipv6-icmp } accept")
 	nft("add rule inet filter input ct state established accept")
 	g.dialAll("a policy that drops input", map[string]string{at4(443): "nobody"})
-	nft(g.command1("nft "))
+	nft(g.documentedCommand("nft "))
 	g.dialAll("with the documented rule", map[string]string{at4(443): "origin 198.51.100.21"})
 
 	for i, c := range g.up {
@@ -94,9 +94,9 @@ func (g *gateway) isReset(when, at, config string) {
 	}
 }
 
-// command1 is the first line of docs/gateway.md that begins with a program's name,
+// documentedCommand is the first line of docs/gateway.md that begins with a program's name,
 // without that.
-func (g *gateway) command1(program string) string {
+func (g *gateway) documentedCommand(program string) string {
 	g.t.Helper()
 	text, err := os.ReadFile("../../docs/gateway.md")
 	if err != nil {

@@ -124,6 +124,16 @@ func TestTransparentStick(t *testing.T) {
 	s.sendAll("not diverted", map[string]string{at4(5353): "origin " + lab.StickClient4 + " hello"})
 	s.dialAll("after what is not diverted", map[string]string{at4(443): "origin 192.168.1.52", at6(443): "origin 2001:db8:168::52"})
 
+	// To the neighbour, by way of the host.
+	detour := netip.MustParsePrefix(lab.StickNeighbour4 + "/32")
+	if err := s.Client.AddRoute(detour, netip.MustParseAddr(lab.StickHost4)); err != nil {
+		t.Fatal(err)
+	}
+	s.dialAll("a neighbour by way of the host", map[string]string{neighbour4: "neighbour 192.168.1.52"})
+	if err := s.Client.DelRoute(detour, netip.MustParseAddr(lab.StickHost4)); err != nil {
+		t.Fatal(err)
+	}
+
 	if err := s.daemon.Kill(); err != nil {
 		t.Fatal(err)
 	}
