@@ -101,6 +101,7 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
 		IIF: "lo", Action: actionLookup, Protocol: Protocol,
 	})
+	out.rules = append(out.rules, w.answerRules(have, f)...)
 	for _, d := range w.Diverts {
 		// What comes in with their mark is about them: ICMP errors of clients, and of
 		// routers on the way to these, that who diverts has marked.
@@ -174,6 +175,33 @@ func (w Want) leadsOff(have *Snapshot, link Link) bool {
 		slices.ContainsFunc(have.Routes, func(r Route) bool {
 			return r.Table == TableMain && r.LinkIndex == link.Index && r.Dst.Bits() == 0
 		})
+}
+
+// answerRules let the host's own services answer clients that are on the link of an
+// interface whose traffic is diverted: they may well have connected to an address of
+// an uplink's, whose `from` rule would send the answers to the uplink's gateway. An
+// uplink's interface is left out: its networks are not for another uplink's packets.
+func (w Want) answerRules(have *Snapshot, f Family) []Rule {
+	if len(w.Uplinks) == 0 {
+		return nil
+	}
+	var out []Rule
+	for _, d := range w.Diverts {
+		link, ok := have.Link(d.Interface)
+		if !ok || slices.ContainsFunc(w.Uplinks, func(u Uplink) bool { return u.Interface == d.Interface }) {
+			continue
+		}
+		for _, p := range have.neighbours(link, f).sources {
+			r := Rule{
+				Family: f, Priority: w.Layout.RulePriority + 1, Table: TableMain, Dst: p, IIF: "lo",
+				Near: true, Action: actionLookup, Protocol: Protocol,
+			}
+			if !slices.Contains(out, r) {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
 }
 
 // Diverted is what the rules of ours that are there lead to the host itself, whoever

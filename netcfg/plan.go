@@ -190,6 +190,7 @@ func compareOps(a, b Op) int {
 	return cmp.Or(cmp.Compare(a.step(), b.step()), compareRoute(a.Route, b.Route), compareAddress(a.Addr, b.Addr),
 		cmp.Compare(a.Rule.Family, b.Rule.Family), cmp.Compare(a.Rule.Table, b.Rule.Table),
 		cmp.Compare(a.Rule.Priority, b.Rule.Priority), a.Rule.Src.Addr().Compare(b.Rule.Src.Addr()),
+		a.Rule.Dst.Addr().Compare(b.Rule.Dst.Addr()), cmp.Compare(a.Rule.Dst.Bits(), b.Rule.Dst.Bits()),
 		cmp.Compare(a.Rule.IIF, b.Rule.IIF), cmp.Compare(a.Rule.IPProto, b.Rule.IPProto),
 		cmp.Compare(a.Rule.DPort.First, b.Rule.DPort.First), cmp.Compare(a.Rule.DPort.Last, b.Rule.DPort.Last))
 }

@@ -112,47 +112,6 @@ func diverting(u ...netcfg.Uplink) netcfg.Want {
 	return w
 }
 
-// TestDiverted: the rules say what is led to the host, whoever asked for it.
-func TestDiverted(t *testing.T) {
-	k, w := host(), diverting()
-	w.Diverts = append(w.Diverts, netcfg.Divert{
-		Interface: "br0", Rest: netcfg.RestDrop, Ports: []netcfg.DivertPorts{{Protocol: unix.IPPROTO_TCP, Last: 65535}},
-	})
-	if got := k.snapshot().Diverted(w.Layout); got != nil {
-		t.Errorf("before: %v", got)
-	}
-	p := netcfg.Diff(k.snapshot(), w)
-	if !p.Diverts(w.Layout) {
-		t.Error("the plan changes nothing of it")
-	}
-	if err := p.Apply(k); err != nil {
-		t.Fatal(err)
-	}
-	if p := netcfg.Diff(k.snapshot(), w); p.Diverts(w.Layout) {
-		t.Errorf("twice is not once: %q", p.Commands())
-	}
-	got := map[string][]netcfg.DivertPorts{}
-	for _, d := range k.snapshot().Diverted(w.Layout) {
-		got[d.Interface] = d.Ports
-	}
-	for _, d := range w.Diverts {
-		for _, p := range d.Ports {
-			if len(got[d.Interface]) != len(d.Ports) || !slices.Contains(got[d.Interface], p) {
-				t.Errorf("%s: %v, want %v", d.Interface, got[d.Interface], d.Ports)
-			}
-		}
-	}
-	if len(got) != len(w.Diverts) {
-		t.Errorf("%v", got)
-	}
-	if p := netcfg.Diff(k.snapshot(), diverting()); !p.Diverts(w.Layout) {
-		t.Error("that one goes is no change")
-	}
-	if p := netcfg.Diff(k.snapshot(), func() netcfg.Want { w := w; w.Uplinks = diverting(isp1()).Uplinks; return w }()); p.Empty() || p.Diverts(w.Layout) {
-		t.Errorf("an uplink changes it: %q", p.Commands())
-	}
-}
-
 func want(u ...netcfg.Uplink) netcfg.Want { return netcfg.Want{Layout: layout(), Uplinks: u} }
 
 func TestDiffCommands(t *testing.T) {
@@ -485,6 +444,25 @@ ip rule add priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 
 ip rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
 ip -6 rule add priority 12032 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
 ip -6 rule add priority 12032 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
+		},
+		{
+			name: "clients on the link of diverted traffic, beside an uplink",
+			from: diverting(),
+			want: diverting(isp1()),
+			ip: `
+ip route add unreachable default table 11900 proto 119 metric 4294967295
+ip -6 route add unreachable default table 11900 proto 119 metric 4294967295
+ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 1024
+ip -6 route add 2001:db8:100::/64 dev eth0 table 11900 proto 119 metric 1024
+ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
+ip -6 route add default via 2001:db8:100::1 dev eth0 table 11900 proto 119 metric 1024
+ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
+ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute preferred_lft 0
+ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip rule add priority 11901 from all to 192.168.7.0/24 iif lo lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 11909 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip -6 rule add priority 11965 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "a whole protocol of an interface that is yet to come, and nothing else of it",

@@ -498,9 +498,6 @@ func (r Rule) String() string {
 		b.WriteString(" not")
 	}
 	b.WriteString(" from " + prefixOrAll(r.Src))
-	if r.Dst.IsValid() {
-		b.WriteString(" to " + r.Dst.String())
-	}
 	b.WriteString(r.selectors())
 	if r.Action == actionLookup {
 		fmt.Fprintf(&b, " lookup %s", tableName(r.Table))

@@ -255,3 +255,49 @@ func TestSoakDiverted(t *testing.T) {
 		t.Errorf("after clean:\n%s", d)
 	}
 }
+
+// TestDivertedLookoutJudges has the judge see what must not be.
+func TestDivertedLookoutJudges(t *testing.T) {
+	h := &divertedSoak{known: map[netip.Addr]int{}, dests: []netip.Addr{netip.MustParseAddr(lab.OriginAddr4), netip.MustParseAddr(lab.OriginAddr6)}}
+	source := func(e, uplink int, six bool) netip.Addr {
+		for variant := range 2 {
+			a, up := entrySource(e, variant, six)
+			h.known[a] = e
+			if up == uplink {
+				return a
+			}
+		}
+		return netip.Addr{}
+	}
+	for e := range entries {
+		source(e, 2, false)
+		source(e, 2, true)
+	}
+	judge := h.judge(0)
+	for _, c := range []struct {
+		name string
+		src  netip.Addr
+		e    int // whose port
+		ok   bool
+	}{
+		{"of the entry", source(byRoom1, 0, false), byRoom1, true},
+		{"of the entry, IPv6", source(byRoom1, 0, true), byRoom1, true},
+		{"of another entry", source(byServer, 0, false), byRoom1, false},
+		{"of the other uplink", source(byRoom1, 1, false), byRoom1, false},
+		{"of the primary", netip.MustParseAddr(lab.Primary1Of4), byRoom1, false},
+		{"forwarded", clientOf(byRoom1, false), byRoom1, false},
+		{"forwarded, IPv6", clientOf(byRoom1, true), byRoom1, false},
+		{"forwarded, and not diverted", clientOf(undiverted, false), undiverted, true},
+	} {
+		d := netip.MustParseAddr(lab.OriginAddr4)
+		if c.src.Is6() {
+			d = netip.MustParseAddr(lab.OriginAddr6)
+		}
+		for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+			p := lab.Packet{Proto: proto, Src: netip.AddrPortFrom(c.src, 1), Dst: netip.AddrPortFrom(d, entryPort(c.e))}
+			if kind, ok := judge(p); ok != c.ok {
+				t.Errorf("%s: %s: %s %v", c.name, p, kind, ok)
+			}
+		}
+	}
+}

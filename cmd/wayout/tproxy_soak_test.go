@@ -429,7 +429,11 @@ func (h *divertedSoak) neighbour(rng *rand.Rand) {
 	if err := h.Client.Do(func() error {
 		for h.knocks.after(3) {
 			six, udp := rng.IntN(2) == 0, rng.IntN(2) == 0
-			at := [2]string{lab.HostAddr4, lab.HostAddr6}[choose(six)]
+			to := [2][]string{{lab.HostAddr4, lab.Primary1Of4, lab.Primary2Of4}, {lab.HostAddr6, lab.Primary1Of6, lab.Primary2Of6}}[choose(six)]
+			at := to[0] // from which alone datagrams of a wildcard listener's are answered
+			if !udp {
+				at = to[rng.IntN(len(to))]
+			}
 			k := knock{udp: udp, from: clientOf(rng.IntN(entries), six), say: []byte("to you"), patience: 2 * soakPatience, reset: true}
 			k.to = netip.AddrPortFrom(netip.MustParseAddr(at), entryPort(rng.IntN(undiverted+1)))
 			a, err := k.once()

@@ -35,6 +35,9 @@ func TestTransparent(t *testing.T) {
 	g.dialAll("to the host itself", map[string]string{
 		lab.HostAddr4 + ":443": "host " + lab.ClientAddr4, "[" + lab.HostAddr6 + "]:443": "host " + lab.ClientAddr6,
 		lab.HostAddr4 + ":22": "host " + lab.ClientAddr4,
+		// By the addresses of uplinks too, their paths' among them.
+		lab.Primary1Of4 + ":443": "host " + lab.ClientAddr4, "[" + lab.Primary2Of6 + "]:443": "host " + lab.ClientAddr6,
+		p6Of4 + ":443": "host " + lab.ClientAddr4, "[" + p2Of6 + "]:443": "host " + lab.ClientAddr6,
 	})
 	g.sendAll("to the host itself", map[string]string{
 		lab.HostAddr4 + ":1500": "host " + lab.ClientAddr4 + " hello", "[" + lab.HostAddr6 + "]:1500": "host " + lab.ClientAddr6 + " hello",
