@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // Exit is by what alone the processes of a pinned cgroup leave the host: a
@@ -200,7 +201,8 @@ func (pin *Pin) reload(t *tables) error {
 	}
 	defer closeObjects(objects)
 	for _, h := range objects.hooks() {
-		if err := pin.links[h.name].Update(h.prog); err != nil {
+		// Without its cgroup, which may have gone a moment ago, a link has nobody left.
+		if err := pin.links[h.name].Update(h.prog); err != nil && !errors.Is(err, unix.ENOLINK) {
 			return fmt.Errorf("replace program %s: %w", h.name, plain(err))
 		}
 	}

@@ -377,6 +377,25 @@ func TestPinPointsElsewhere(t *testing.T) {
 	}
 }
 
+// TestTablesGrowWithoutACgroup: a cgroup that goes while it is pinned is in nobody's
+// way.
+func TestTablesGrowWithoutACgroup(t *testing.T) {
+	s := newPinScene(t, bpffs(t))
+	must(t, s.leaf.Remove())
+	for _, l := range s.pin.links { // the kernel severs them some time later
+		eventually(t, "a link without a cgroup", func() bool {
+			info, err := l.Info()
+			must(t, err)
+			return info.Cgroup().CgroupId == 0
+		})
+	}
+	must(t, s.progs.SetPath(100, s.guard())) // the tables have room for 3
+	must(t, s.pin.Remove())
+	var err error
+	s.leaf, err = MakeLeaf(leafName()) // which the end removes
+	must(t, err)
+}
+
 // TestPinIsForOlderSocketsToo has sockets that were made before the pin.
 func TestPinIsForOlderSocketsToo(t *testing.T) {
 	s := newPinScene(t, bpffs(t))

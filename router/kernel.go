@@ -26,9 +26,12 @@ const dadTimeout = 5 * time.Second
 
 // closeTimeout is how long sockets that the kernel is closing may take before
 // the rules that they go by are removed, and closeEvery how often it is asked.
+// endTimeout is how long it may take after that to list and end them: a list of
+// 80,000 on a busy host takes more than a second (measured, Linux 6.18).
 const (
 	closeTimeout = time.Second
 	closeEvery   = 20 * time.Millisecond
+	endTimeout   = 20 * time.Second
 )
 
 // noInterface is the index of no interface: a guard with it lets nothing out.
@@ -319,7 +322,7 @@ func (r *Router) endSockets(patience time.Duration, spared netcfg.Spare) error {
 	}
 	class := r.plan.layout.ClassMask
 	m := netcfg.Mark{Value: one & class, Mask: class}
-	ctx, cancel := context.WithTimeout(context.Background(), patience+closeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), patience+endTimeout)
 	defer cancel()
 	// The kernel tells of no socket's end, so it is asked again and again.
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(closeEvery) {

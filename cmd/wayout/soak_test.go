@@ -675,6 +675,9 @@ func TestSoak(t *testing.T) {
 	if k.weather.done < total {
 		t.Logf("of %d: the time was up", total)
 	}
+	if k.weather.done < total/10 {
+		t.Errorf("%d of %d operations: that proves little; more time is to be had by -timeout", k.weather.done, total)
+	}
 
 	if all := k.answers.all(); all["ok"] < sum(all)/3 {
 		t.Error("most of it was refused: that proves little")
