@@ -54,7 +54,9 @@ func (c *Containers) Close() error { return closeAll(c.One, c.Two) }
 
 // AddBridge makes a bridge and brings it up.
 func (n *NS) AddBridge(name string) error {
-	if err := n.nl.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}); err != nil {
+	attrs := netlink.NewLinkAttrs() // its queue has the usual length
+	attrs.Name = name
+	if err := n.nl.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 		return err
 	}
 	return n.Up(name)
