@@ -355,6 +355,29 @@ static __always_inline bool is_answered(struct __sk_buff *skb)
 	return 0;
 }
 
+enum { OWN = 0, VLAN = 1, TAGS = 2 };
+
+/*
+ * Whether a frame is a VLAN's, and not the interface's own. One with a priority
+ * and no VLAN is its own, which the kernel finds out later than this program
+ * runs. It takes off any number of such tags; with a second one nothing is seen
+ * of the packet here, and nobody sends that.
+ */
+static __always_inline int tagged(struct __sk_buff *skb)
+{
+	__u8 tci[2] = {};
+
+	if (!skb->vlan[0])
+		return OWN;
+	if (skb->vlan[1] & 0xfff)
+		return VLAN;
+	if (skb->protocol != bpf_htons(ETH_P_8021Q) && skb->protocol != bpf_htons(ETH_P_8021AD))
+		return OWN;
+	if (bpf_skb_load_bytes_relative(skb, 0, tci, sizeof(tci), BPF_HDR_START_NET))
+		return TAGS;
+	return (tci[0] & 0xf) | tci[1] ? VLAN : TAGS;
+}
+
 /*
  * A fragment has no ports that a rule could go by, so that the rule for a port
  * lets it through: it is dropped, unless it is for the host itself. One of
@@ -368,9 +391,13 @@ int fragments(struct __sk_buff *skb)
 	struct net to = {};
 	__u32 found, first;
 	__u8 proto;
+	int tag;
 
-	if (skb->vlan[0])
+	tag = tagged(skb);
+	if (unlikely(tag == VLAN))
 		return TCX_NEXT;
+	if (unlikely(tag == TAGS))
+		return drop_fragment(skb->ifindex);
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		found = fragment4(skb, &to);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))

@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"context"
+	"encoding/binary"
 	"net"
 	"net/netip"
 	"slices"
@@ -134,5 +135,68 @@ func TestFragmentsNeverSlip(t *testing.T) {
 		return ours(p) && p.Dst.Addr() == netip.MustParseAddr(lab.OriginAddr4) && p.Dst.Port() != whole
 	}); err != nil {
 		t.Errorf("after the end: %v", err)
+	}
+}
+
+// TestFragmentsOfPriorityTags: a frame that has a priority and no VLAN (IEEE 802.1p) is
+// the interface's own, and so are the fragments in it.
+func TestFragmentsOfPriorityTags(t *testing.T) {
+	w := newDivertWorld(t)
+	must(t, w.Host.Sysctl("net/ipv4/ip_forward", "1"))
+	upstream, err := w.ISP1.Capture("host0")
+	must(t, err)
+	defer upstream.Close()
+	w.set()
+	lan, err := w.Host.Netlink().LinkByIndex(int(w.lan))
+	must(t, err)
+	client, err := w.Client.Netlink().LinkByName("eth0")
+	must(t, err)
+	payload := make([]byte, 64)
+	send := func(id, frag uint16, tags ...uint16) {
+		t.Helper()
+		b := append(slices.Clone([]byte(lan.Attrs().HardwareAddr)), client.Attrs().HardwareAddr...)
+		for _, tci := range tags {
+			b = append(binary.BigEndian.AppendUint16(b, unix.ETH_P_8021Q), byte(tci>>8), byte(tci))
+		}
+		h := ip4(lab.ClientAddr4, unix.IPPROTO_UDP, 0)
+		h[8] = 64
+		binary.BigEndian.PutUint16(h[2:], uint16(len(h)+len(payload)))
+		to := netip.MustParseAddr(lab.OriginAddr4).As4()
+		copy(h[16:], to[:])
+		binary.BigEndian.PutUint16(h[4:], id)
+		binary.BigEndian.PutUint16(h[6:], frag)
+		var sum uint32
+		for i := 0; i < len(h); i += 2 {
+			sum += uint32(binary.BigEndian.Uint16(h[i:]))
+		}
+		for sum > 0xffff {
+			sum = sum>>16 + sum&0xffff
+		}
+		binary.BigEndian.PutUint16(h[10:], ^uint16(sum))
+		b = append(binary.BigEndian.AppendUint16(b, unix.ETH_P_IP), h...)
+		inject(t, w.Client, "eth0", append(b, payload...))
+	}
+	const prio, off = 5 << 13, 185
+	send(1, off)
+	send(2, off, prio)
+	send(3, off, prio, prio)
+	send(4, 0, prio) // no port that is diverted
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	ours := func(p lab.Packet) bool {
+		return p.Proto == unix.IPPROTO_UDP && p.Src.Addr().String() == lab.ClientAddr4
+	}
+	if err := upstream.Await(ctx, ours); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	n := 0
+	for _, p := range upstream.Packets() {
+		if ours(p) {
+			n++
+		}
+	}
+	if n != 1 {
+		t.Errorf("%d packets are forwarded, want the whole one alone", n)
 	}
 }

@@ -44,6 +44,8 @@ enum {
 enum {
 	ETH_P_IP = 0x0800,
 	ETH_P_IPV6 = 0x86dd,
+	ETH_P_8021Q = 0x8100,
+	ETH_P_8021AD = 0x88a8,
 	IPPROTO_HOPOPTS = 0,
 	IPPROTO_TCP = 6,
 	IPPROTO_UDP = 17,

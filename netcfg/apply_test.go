@@ -37,7 +37,7 @@ func plumb(t *testing.T) {
 		"route add default via 198.51.100.1 dev eth0 table 500 proto 119", "route add blackhole 10.77.0.0/16 proto 119",
 		"route add local 10.88.0.0/16 dev lo proto 119", "-6 route add unreachable default metric 4294967295 table 500",
 		"rule add priority 9 from all lookup 500 proto 119", "rule add priority 11900 fwmark 0x10000/0xff0000 lookup 11900",
-		"rule add priority 11909 from 198.51.100.0/24 iif lo lookup 500 proto 119", "-6 rule add priority 5210 fwmark 0x80000/0xff0000 lookup main",
+		"rule add priority 11911 from 198.51.100.0/24 iif lo lookup 500 proto 119", "-6 rule add priority 5210 fwmark 0x80000/0xff0000 lookup main",
 	} {
 		ip(t, line)
 	}
@@ -168,9 +168,9 @@ func TestApply(t *testing.T) {
 	mustHold(
 		t, after,
 		"11900:	from all fwmark 0x10000/0xff0000 lookup 11900 proto 119",
-		"11909:	from 198.51.100.0/24 iif lo lookup 11900 proto 119",
-		"11905:	from 203.0.113.0/28 iif lo lookup 11901 proto 119",
-		"11965:	from 2001:db8:100::/64 iif lo lookup 11900 proto 119",
+		"11911:	from 198.51.100.0/24 iif lo lookup 11900 proto 119",
+		"11907:	from 203.0.113.0/28 iif lo lookup 11901 proto 119",
+		"11967:	from 2001:db8:100::/64 iif lo lookup 11900 proto 119",
 		"unreachable default table 11900 proto 119 metric 4294967295",
 		"default via 192.0.2.1 dev eth1 table 11901 proto 119 metric 1024 onlink",
 		"unreachable default dev lo table 11901 proto 119 metric 4294967295",
@@ -180,16 +180,17 @@ func TestApply(t *testing.T) {
 		"local 10.61.0.0/16 dev lo table local proto 119 scope host metric 12155",
 		"local 2001:db8:cafe::/48 dev lo table local proto 119 metric 12155",
 		"throw 2001:db8:100::1 dev lo table local proto 119 metric 12155",
-		"11909:	from 10.60.0.0/24 iif lo lookup 11900 proto 119",
-		"11965:	from 2001:db8:beef::/64 iif lo lookup 11900 proto 119",
-		"11900:	from all fwmark 0xc10000/0xff0000 iif lo lookup main proto 119",
-		"12032:	from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119",
-		"12032:	from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119",
-		"12032:	from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119",
-		"12032:	from all iif later0 [detached] ipproto tcp lookup 12154 proto 119",
-		"12033:	from all iif eth0 lookup 12153 proto 119",
-		"12030:	from 203.0.113.0/28 to 203.0.113.0/28 iif eth1 ipproto tcp dport 443 lookup 12154 proto 119",
-		"12031:	from all to 203.0.113.0/28 iif eth1 lookup main suppress_prefixlength 0 proto 119",
+		"11911:	from 10.60.0.0/24 iif lo lookup 11900 proto 119",
+		"11967:	from 2001:db8:beef::/64 iif lo lookup 11900 proto 119",
+		"11900:	from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119",
+		"11901:	from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119",
+		"12034:	from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119",
+		"12034:	from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119",
+		"12034:	from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119",
+		"12034:	from all iif later0 [detached] ipproto tcp lookup 12154 proto 119",
+		"12035:	from all iif eth0 lookup 12153 proto 119",
+		"12032:	from 203.0.113.0/28 to 203.0.113.0/28 iif eth1 ipproto tcp dport 443 lookup 12154 proto 119",
+		"12033:	from all to 203.0.113.0/28 iif eth1 lookup main suppress_prefixlength 0 proto 119",
 		"local default dev lo table 12154 proto 119 scope host metric 1024",
 		"unreachable default table 12153 proto 119 metric 4294967295",
 	)
@@ -435,7 +436,7 @@ func TestPutBack(t *testing.T) {
 	}()
 	for _, line := range []string{
 		"rule del priority 11900 fwmark 0x10000/0xff0000 proto 119",
-		"-6 rule del priority 11965",
+		"-6 rule del priority 11967",
 		"-6 rule flush proto 119",
 		"route flush table 11900",
 		"-6 route flush table 11901",

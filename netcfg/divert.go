@@ -38,18 +38,25 @@ type DivertPorts struct {
 	First, Last uint16
 }
 
-// Offsets of the rule priorities in a Layout, behind those of `from PREFIX`.
+// Offsets of the rule priorities in a Layout: those before `from PREFIX`, and those
+// behind.
 const (
-	priorityBetween = 130
-	priorityNear    = 131
-	priorityDivert  = 132
-	priorityRest    = 133
+	priorityAnswers = 1 // of what table main knows no network for
+	priorityHost    = 2
+	priorityFrom    = 3 // and 128 more
+
+	priorityBetween = 132
+	priorityNear    = 133
+	priorityDivert  = 134
+	priorityRest    = 135
 )
 
-// divertTable is the table that delivers everything to the host, and restTable the
-// one that delivers nothing.
-func (l Layout) divertTable() uint32 { return l.TableBase + Tables - 2 }
-func (l Layout) restTable() uint32   { return l.TableBase + Tables - 3 }
+// divertTable is the table that delivers everything to the host, restTable the
+// one that delivers nothing, and answersTable has the ways to clients that are in no
+// network that table main knows.
+func (l Layout) divertTable() uint32  { return l.TableBase + Tables - 2 }
+func (l Layout) restTable() uint32    { return l.TableBase + Tables - 3 }
+func (l Layout) answersTable() uint32 { return l.TableBase + Tables - 4 }
 
 func (w Want) validateDiverts() error {
 	names := make(map[string]bool)
@@ -96,10 +103,17 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 		out.routes = append(out.routes, lastResort(f, w.Layout.restTable()))
 	}
 	// Answers have the addresses of other hosts, which may lie in a prefix that an
-	// uplink's `from` rule sends away.
+	// uplink's `from` rule sends away. A client may be in no network that the host
+	// knows, since its interface has just gone, or because it says so (IPv6 has no
+	// reverse path check): the default route would have the answers leave by an uplink.
+	out.routes = append(out.routes, lastResort(f, w.Layout.answersTable()))
+	out.routes = append(out.routes, w.answerRoutes(have, f)...)
 	out.rules = append(out.rules, Rule{
 		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
-		IIF: "lo", Action: actionLookup, Protocol: Protocol,
+		IIF: "lo", Near: true, Action: actionLookup, Protocol: Protocol,
+	}, Rule{
+		Family: f, Priority: w.Layout.RulePriority + priorityAnswers, Table: w.Layout.answersTable(),
+		Mark: w.Answers.Value, Mask: w.Answers.Mask, IIF: "lo", Action: actionLookup, Protocol: Protocol,
 	})
 	out.rules = append(out.rules, w.answerRules(have, f)...)
 	for _, d := range w.Diverts {
@@ -118,6 +132,25 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 			})
 		}
 	}
+}
+
+// answerRoutes are the default routes of table main by interfaces whose traffic is
+// diverted: of these clients may be anywhere.
+func (w Want) answerRoutes(have *Snapshot, f Family) []Route {
+	var out []Route
+	for _, r := range have.Routes {
+		link, ok := have.Links[r.LinkIndex]
+		if !ok || !link.Admin || r.Family != f || r.Table != TableMain || r.Type != RouteUnicast || r.Dst.Bits() != 0 || r.Other ||
+			!slices.ContainsFunc(w.Diverts, func(d Divert) bool { return d.Interface == link.Name }) {
+			continue
+		}
+		r.Table, r.Protocol, r.Down = w.Layout.answersTable(), Protocol, false
+		r.OnLink = r.Gateway.IsValid() && have.neighbours(link, f).lack(r.Gateway)
+		if !slices.ContainsFunc(out, func(o Route) bool { return o.key() == r.key() }) {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // divertRules lead what is diverted to the table that delivers it: all of it, or
@@ -193,7 +226,7 @@ func (w Want) answerRules(have *Snapshot, f Family) []Rule {
 		}
 		for _, p := range have.neighbours(link, f).sources {
 			r := Rule{
-				Family: f, Priority: w.Layout.RulePriority + 1, Table: TableMain, Dst: p, IIF: "lo",
+				Family: f, Priority: w.Layout.RulePriority + priorityHost, Table: TableMain, Dst: p, IIF: "lo",
 				Near: true, Action: actionLookup, Protocol: Protocol,
 			}
 			if !slices.Contains(out, r) {

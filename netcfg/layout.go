@@ -12,15 +12,15 @@ const Protocol uint8 = 119
 // A daemon's share of the host's number spaces.
 const (
 	// Tables is how many routing tables a Layout takes, from TableBase on. Uplinks
-	// are numbered 1 to MaxUplink and use tables from TableBase on. Two of the last
+	// are numbered 1 to MaxUplink and use tables from TableBase on. Three of the last
 	// are for what is diverted. The very last of the numbers is no table's: as a
 	// metric in table local it marks what is ours there and no single uplink's.
 	Tables    = 256
-	MaxUplink = Tables - 3
+	MaxUplink = Tables - 4
 
 	// Priorities is how many rule priorities a Layout takes, from RulePriority on:
-	// the first for the fwmark rules, the next 129 for the `from PREFIX` rules (the
-	// longest prefix first), two for the own networks of interfaces that
+	// the first for the fwmark rules, two for answers to clients, the next 129 for the
+	// `from PREFIX` rules (the longest prefix first), two for the own networks of interfaces that
 	// divert, one for what is diverted and one for what else comes by
 	// such an interface, the rest for rules to come.
 	Priorities = 256

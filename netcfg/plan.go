@@ -84,7 +84,9 @@ func Diff(have *Snapshot, want Want) Plan {
 		used[want.Table(u)] = true
 	}
 	if len(want.Diverts) > 0 {
-		used[want.Layout.divertTable()], used[want.Layout.restTable()] = true, true
+		for _, t := range []uint32{want.Layout.divertTable(), want.Layout.restTable(), want.Layout.answersTable()} {
+			used[t] = true
+		}
 	}
 	for _, r := range have.Routes {
 		r.Down = false

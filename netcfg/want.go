@@ -54,7 +54,7 @@ type Want struct {
 	Local   []netip.Prefix // of prefix nodes without an uplink; as Uplink.Local, and routed as the host's own traffic is
 	Diverts []Divert       // each interface once
 	Clients Mark           // of the clients' sides: these reach what table main has a route for, before the `from` rules; the zero Mark: they do not
-	Answers Mark           // of sockets that answer what was diverted: these go by table main; needed with Diverts
+	Answers Mark           // of sockets that answer what was diverted: these go to networks of table main, and else by none but the Diverts; needed with Diverts
 }
 
 // Table is the routing table of an uplink.
@@ -264,7 +264,7 @@ func (w Want) clientRule(f Family) Rule {
 // route up with `iif lo` too.
 func (w Want) fromRule(p netip.Prefix, u Uplink) Rule {
 	return Rule{
-		Family: familyOf(p.Addr()), Priority: w.Layout.RulePriority + 1 + uint32(p.Addr().BitLen()-p.Bits()),
+		Family: familyOf(p.Addr()), Priority: w.Layout.RulePriority + priorityFrom + uint32(p.Addr().BitLen()-p.Bits()),
 		Table: w.Table(u), Src: p, IIF: "lo", Action: actionLookup, Protocol: Protocol,
 	}
 }
@@ -297,7 +297,7 @@ func (w Want) uplinkRoutes(f Family, u Uplink, link Link, near neighbours) []Rou
 		out = append(out, Route{
 			Family: f, Table: w.Table(u), Type: RouteUnicast, Protocol: Protocol,
 			Dst: f.defaultPrefix(), Gateway: gw, LinkIndex: link.Index, Metric: metricRoute,
-			OnLink: !gw.IsLinkLocalUnicast() && !slices.ContainsFunc(near.routes, func(p netip.Prefix) bool { return p.Contains(gw) }),
+			OnLink: near.lack(gw),
 		})
 	}
 	return out
@@ -426,6 +426,12 @@ func (n *neighbours) add(p netip.Prefix, source bool) {
 	if source && !slices.Contains(n.sources, p) {
 		n.sources = append(n.sources, p)
 	}
+}
+
+// lack says whether a gateway is in no network of the link, so that a route by it has
+// to say that it is there all the same.
+func (n neighbours) lack(gateway netip.Addr) bool {
+	return !gateway.IsLinkLocalUnicast() && !slices.ContainsFunc(n.routes, func(p netip.Prefix) bool { return p.Contains(gateway) })
 }
 
 func shortestSource(f Family) int {
