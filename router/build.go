@@ -193,11 +193,16 @@ func setMark(raw syscall.RawConn, mark uint32) error {
 const deferAccept = 10
 
 // listen opens a marked listener. What it accepts inherits the mark. proxy
-// marks a port on which the client speaks first.
-func listen(at netip.AddrPort, mark uint32, proxy bool) (*net.TCPListener, error) {
+// marks a port on which the client speaks first; more may set further options.
+func listen(at netip.AddrPort, mark uint32, proxy bool, more ...func(lender) error) (*net.TCPListener, error) {
 	lc := net.ListenConfig{
 		KeepAlive: -1, // four system calls on each accepted connection
 		Control: func(_, _ string, raw syscall.RawConn) error {
+			for _, f := range more {
+				if err := f(raw); err != nil {
+					return err
+				}
+			}
 			if err := setMark(raw, mark); err != nil || !proxy {
 				return err
 			}
@@ -236,6 +241,24 @@ func listenPacket(at netip.AddrPort, mark uint32) (*net.UDPConn, error) {
 	return c.(*net.UDPConn), nil
 }
 
+// lender lends a socket's descriptor for a call.
+type lender interface{ Control(func(fd uintptr)) error }
+
+// letBy lets another socket have a part of a listener's addresses and its port, when
+// both allow it, or does so no more.
+func letBy(l lender, yes bool) error {
+	value := 0
+	if yes {
+		value = 1
+	}
+	var err error
+	ctl := l.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, value) })
+	if err = errors.Join(ctl, err); err != nil {
+		return fmt.Errorf("set SO_REUSEPORT: %w", err)
+	}
+	return nil
+}
+
 // freebind lets a socket have an address of a whole prefix, which IPv6 takes for
 // nobody's (AnyIP). One flag serves both families.
 func freebind(raw syscall.RawConn) error {
@@ -248,8 +271,8 @@ func freebind(raw syscall.RawConn) error {
 }
 
 // listenBare opens a listener for a front end, which accepts in the relay.
-func listenBare(at netip.AddrPort, mark uint32) (*relay.Listener, error) {
-	l, err := listen(at, mark, true)
+func listenBare(at netip.AddrPort, mark uint32, more ...func(lender) error) (*relay.Listener, error) {
+	l, err := listen(at, mark, true, more...)
 	if err != nil {
 		return nil, err
 	}

@@ -299,6 +299,7 @@ func (r *Router) divert(servers []*server, s *netcfg.Snapshot) error {
 	}
 	v := diversion(servers, s, r.want.Layout)
 	v.Mark, v.Mask = r.plan.answers.Value, r.plan.answers.Mask
+	k.diverted = nil // not known, should this fail: it is tried again
 	if err := takeOver(k.diverter, v, s); err != nil {
 		return err
 	}
@@ -430,26 +431,34 @@ func hold(d *bpf.Diverter, c *config.Config, k *netcfg.Netlink) error {
 }
 
 // ErrDaemonDiverts: a running daemon diverts other traffic than a configuration says.
-var ErrDaemonDiverts = errors.New("a daemon runs and diverts other traffic, and nothing was changed: wayout reload has it read its configuration again")
+var ErrDaemonDiverts = errors.New("nothing was changed, since a daemon runs that diverts other traffic: wayout reload has it read its configuration again")
 
-// applyHolding makes the network as a plan has it. What a configuration diverts is
-// stopped before rules lead it here, and until a daemon takes it. While one does,
-// it is the daemon that changes these rules: for a moment without them, or without
-// sockets for what they lead here, traffic would go by.
-func applyHolding(c *config.Config, k *netcfg.Netlink, p netcfg.Plan, apply func() error) (err error) {
-	if !tapping(c) && !p.Diverts(NetLayout(c)) {
-		return apply()
-	}
+// applyHolding makes the network as a configuration wants it. What that diverts is
+// stopped before rules lead it here, and until a daemon takes it.
+//
+// Beside a daemon it adds what is missing and takes nothing away, which would end
+// connections of paths that the daemon has and the configuration has not. What is
+// diverted is the daemon's to change: for a moment without rules, or without sockets
+// for what they lead here, traffic would go by.
+func applyHolding(c *config.Config, k *netcfg.Netlink, todo *difference) (err error) {
+	changes := todo.plan.Diverts(NetLayout(c))
 	claim, err := k.Claim()
 	switch {
-	case errors.Is(err, netcfg.ErrClaimed) && p.Diverts(NetLayout(c)):
-		return ErrDaemonDiverts
+	case errors.Is(err, netcfg.ErrClaimed) && changes:
+		return fmt.Errorf("%w (%w)", ErrDaemonDiverts, err)
 	case errors.Is(err, netcfg.ErrClaimed):
-		return apply()
+		if left := len(todo.plan.Deletes().Ops); left > 0 {
+			todo.plan = todo.plan.Adds()
+			todo.plan.Notes = append(todo.plan.Notes, fmt.Sprintf("a daemon runs that has %d addresses, routes and rules beyond these, which stay: wayout reload has it read its configuration again", left))
+		}
+		return todo.apply(netcfg.Plan.Adds)
 	case err != nil:
 		return err
 	}
 	defer func() { err = errors.Join(err, claim.Close()) }()
+	if !tapping(c) && !changes {
+		return todo.apply(nil)
+	}
 	d, err := openDiverter(c, k)
 	if err != nil {
 		return err
@@ -458,7 +467,7 @@ func applyHolding(c *config.Config, k *netcfg.Netlink, p netcfg.Plan, apply func
 	if err := hold(d, c, k); err != nil {
 		return err
 	}
-	if err := apply(); err != nil {
+	if err := todo.apply(nil); err != nil {
 		return err
 	}
 	if len(diverts(c)) == 0 { // the rules have gone

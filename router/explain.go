@@ -103,6 +103,9 @@ func (r *Router) identify(req *escaper.Request, sc *config.Server, q Question) (
 			}
 			u = known
 		}
+		if u == nil && sc.Type == "tproxy" {
+			return unauthorized, fmt.Errorf("user group %s has no user whose \"from\" has %s: such a client is reset", g.Name(), req.Client.Addr())
+		}
 		if u == nil {
 			return unauthorized, fmt.Errorf("server %s asks for a user of group %s: name one by --user", sc.Name, g.Name())
 		}

@@ -17,18 +17,16 @@ type Changes struct {
 
 // PlanNetwork gives what ApplyNetwork would do. It changes nothing.
 func PlanNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(*netcfg.Netlink, netcfg.Plan, func() error) error { return nil })
+	return withNetwork(c, func(*netcfg.Netlink, *difference) error { return nil })
 }
 
 // ApplyNetwork makes addresses, rules and routes as the configuration wants
 // them. Twice is once.
 func ApplyNetwork(c *config.Config) (Changes, error) {
-	return withNetwork(c, func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error {
-		return applyHolding(c, k, p, apply)
-	})
+	return withNetwork(c, func(k *netcfg.Netlink, d *difference) error { return applyHolding(c, k, d) })
 }
 
-func withNetwork(c *config.Config, do func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error) (_ Changes, err error) {
+func withNetwork(c *config.Config, do func(*netcfg.Netlink, *difference) error) (_ Changes, err error) {
 	r, err := newRouter(Options{Config: c, Stderr: io.Discard}, nil, nil)
 	if err != nil {
 		return Changes{}, err
@@ -38,7 +36,7 @@ func withNetwork(c *config.Config, do func(k *netcfg.Netlink, p netcfg.Plan, app
 }
 
 // diffNetwork compares the kernel with a wish and lets do apply the difference.
-func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, p netcfg.Plan, apply func() error) error) (_ Changes, err error) {
+func diffNetwork(want netcfg.Want, do func(*netcfg.Netlink, *difference) error) (_ Changes, err error) {
 	k, err := netcfg.Open(netcfg.Options{Layout: want.Layout})
 	if err != nil {
 		return Changes{}, err
@@ -48,11 +46,23 @@ func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, p netcfg.Plan, app
 	if err != nil {
 		return Changes{}, err
 	}
-	p := netcfg.Diff(have, want)
-	return Changes{p.Commands(), append(p.Notes, p.Conflicts...)}, do(k, p, func() error {
-		_, err := netcfg.Make(k, have, want, nil)
-		return err
-	})
+	d := &difference{k: k, have: have, want: want, plan: netcfg.Diff(have, want)}
+	err = do(k, d)
+	return Changes{d.plan.Commands(), append(d.plan.Notes, d.plan.Conflicts...)}, err
+}
+
+// difference is what there is to do, and does it.
+type difference struct {
+	k    *netcfg.Netlink
+	have *netcfg.Snapshot
+	want netcfg.Want
+	plan netcfg.Plan
+}
+
+// apply carries out what pick leaves of it; nil: all.
+func (d *difference) apply(pick func(netcfg.Plan) netcfg.Plan) error {
+	_, err := netcfg.Make(d.k, d.have, d.want, pick)
+	return err
 }
 
 // CleanNetwork removes all that is ours from the kernel: addresses, rules and
@@ -61,7 +71,7 @@ func diffNetwork(want netcfg.Want, do func(k *netcfg.Netlink, p netcfg.Plan, app
 // of an exec, runs.
 func CleanNetwork(c *config.Config) (_ Changes, err error) {
 	want := netcfg.Want{Layout: NetLayout(c)}
-	changes, err := diffNetwork(want, func(k *netcfg.Netlink, _ netcfg.Plan, apply func() error) error {
+	changes, err := diffNetwork(want, func(k *netcfg.Netlink, d *difference) error {
 		claim, err := k.Claim()
 		if err != nil {
 			return err
@@ -69,7 +79,7 @@ func CleanNetwork(c *config.Config) (_ Changes, err error) {
 		if err := cleanPins(c); err != nil {
 			return errors.Join(err, claim.Close())
 		}
-		if err := apply(); err != nil {
+		if err := d.apply(nil); err != nil {
 			return errors.Join(err, claim.Close())
 		}
 		return errors.Join(cleanDiverter(c, k), cleanAnswers(c, k), claim.Close())

@@ -1,9 +1,12 @@
 package router
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+
+	"golang.org/x/sys/unix"
 
 	"wayout/router/auth"
 	"wayout/router/config"
@@ -36,7 +39,7 @@ func (r *Router) openServers(p *plan, old []*server) ([]*server, error) {
 		for _, at := range s.conf.Listen {
 			l, err := share(old, at)
 			if err == nil && l == nil {
-				l, err = listenBare(at, p.client)
+				l, err = listenBeside(old, at, p.client)
 			}
 			if err != nil {
 				return all, fmt.Errorf("server %s: %w", s.conf.Name, err)
@@ -182,6 +185,36 @@ func (m *meters) of(name string, l config.Limits) *auth.Meter {
 	}
 	(*m)[name] = now
 	return now.meter
+}
+
+// listenBeside opens a listener. The kernel refuses that while an old server listens
+// on the port at all addresses and this one at a single one of them, or the other way
+// round; the old one lets it by then. It stays bound until the reload has succeeded.
+func listenBeside(old []*server, at netip.AddrPort, mark uint32) (_ *relay.Listener, err error) {
+	l, err := listenBare(at, mark)
+	if !errors.Is(err, unix.EADDRINUSE) {
+		return l, err
+	}
+	ours := false
+	for _, s := range old {
+		for i, o := range s.listeners[:len(s.conf.Listen)] {
+			if s.conf.Listen[i].Port() != at.Port() || s.conf.Listen[i] == at {
+				continue
+			}
+			if err := letBy(o, true); err != nil {
+				return nil, err
+			}
+			ours = true
+			defer func() { err = errors.Join(err, letBy(o, false)) }()
+		}
+	}
+	if !ours {
+		return nil, err
+	}
+	if l, err = listenBare(at, mark, func(l lender) error { return letBy(l, true) }); err != nil {
+		return nil, err
+	}
+	return l, letBy(l, false)
 }
 
 // share gives a second handle of the listener that an old server has at an

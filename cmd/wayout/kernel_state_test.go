@@ -430,3 +430,27 @@ func TestSecondDaemon(t *testing.T) {
 	k.stop()
 	k.same("both are gone", before)
 }
+
+// TestApplyBesideDaemon: what a running daemon has is taken away by a reload alone.
+// Something that is missing may be put back.
+func TestApplyBesideDaemon(t *testing.T) {
+	k := newKernelScene(t)
+	k.start(uplinkConfig(openServer))
+	if out := k.wayout("apply"); out != unchanged {
+		t.Errorf("its own configuration:\n%s", out)
+	}
+	running := k.state()
+	k.write(strings.Replace(uplinkConfig(openServer), "198.51.100.11,", "198.51.100.99,", 1))
+	out, errs, code := k.command("apply", "--config", k.config)
+	if code != 0 || strings.Contains(out, " del ") || !strings.Contains(out, "198.51.100.99") || !strings.Contains(out+errs, "wayout reload") {
+		t.Errorf("another address: exit code %d: %s%s", code, out, errs)
+	}
+	for _, q := range []string{addrs, rules4, rules6, routes4, routes6} {
+		if gone := running.added(k.state(), q); len(gone) != 0 {
+			t.Errorf("gone from ip %s: %q", q, gone)
+		}
+	}
+	if told := k.ask(lab.Ask{Target: target4, Header: egress("p1")}); told.Status != 200 || told.Seen.Source != "198.51.100.11" {
+		t.Errorf("%d %s from %s", told.Status, told.Body, told.Seen.Source)
+	}
+}

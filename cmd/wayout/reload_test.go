@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -212,6 +213,37 @@ func TestReloadUnderLoad(t *testing.T) {
 	}
 	// What left is let go of: the numbers, the guards and the books.
 	s.until("out/p1", func(p control.Path) bool { return p.Connections.Open <= 8 })
+}
+
+// TestReloadWidensAListener: one address becomes all of them, on the same port, and
+// the other way round; what others hold stays theirs.
+func TestReloadWidensAListener(t *testing.T) {
+	s := newScene(t, true)
+	s.serveEcho()
+	config := func(at string) string {
+		return strings.Replace(nodes(1, 2), "server:\n", "server:\n  - {name: wide, type: http_proxy, listen: \""+at+"\", open: true, escaper: out, path_selection_header: X-Egress-Path}\n", 1)
+	}
+	const port = 3200
+	s.start(config(fmt.Sprintf("%s:%d", lab.HostAddr4, port)))
+	for _, at := range []string{"0.0.0.0", lab.HostAddr4, "[::]", "127.0.0.1", "0.0.0.0", "[::]"} {
+		s.reload(config(fmt.Sprintf("%s:%d", at, port)))
+		told, err := (lab.Ask{From: s.Client, Proxy: proxyAt(port), Target: target4, Header: egress("p2")}).Do()
+		switch {
+		case at == "127.0.0.1" && err == nil:
+			t.Errorf("%s: it answers elsewhere", at)
+		case at != "127.0.0.1" && (err != nil || told.Status != 200 || told.Seen.Source != lab.Egress4()[1].String()):
+			t.Errorf("%s: %v, %d %s", at, err, told.Status, told.Body)
+		}
+	}
+	l, err := s.Host.Listen(netip.AddrPortFrom(netip.MustParseAddr(lab.HostAddr4), port+1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s.write(config(fmt.Sprintf("0.0.0.0:%d", port+1)))
+	if _, errs, code := s.command("reload", "--control", s.socket); code != 1 || !strings.Contains(errs, "address already in use") {
+		t.Errorf("a port of another program's: %d %q", code, errs)
+	}
 }
 
 func TestReloadCommand(t *testing.T) {

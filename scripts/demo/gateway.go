@@ -50,7 +50,7 @@ func (d *demo) gateway(context.Context) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("\n  packets to port 80 on the uplinks: %d\n", left)
+	fmt.Printf("\n  connections to port 80 on the uplinks: %d\n", left)
 	if left > 0 {
 		return errors.New("diverted traffic has left without the daemon")
 	}
@@ -88,7 +88,8 @@ func (d *demo) plainly(rows ...plainly) error {
 	return d.verdict()
 }
 
-// leaving counts the packets to port 80 that leave by the uplinks meanwhile.
+// leaving counts the connections to port 80 that leave by the uplinks meanwhile: of
+// the killed daemon's own the kernel may still have ends to send.
 func (d *demo) leaving(meanwhile func() error) (n int, err error) {
 	var all []*lab.Capture
 	for _, isp := range []*lab.NS{d.world.ISP1, d.world.ISP2} {
@@ -102,7 +103,7 @@ func (d *demo) leaving(meanwhile func() error) (n int, err error) {
 	err = meanwhile()
 	for _, c := range all {
 		for _, p := range c.Packets() {
-			if p.Proto == unix.IPPROTO_TCP && p.Dst.Port() == 80 {
+			if p.Proto == unix.IPPROTO_TCP && p.Dst.Port() == 80 && p.Flags&lab.SYN != 0 {
 				n++
 			}
 		}
