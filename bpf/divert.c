@@ -210,7 +210,9 @@ static __always_inline __u32 fragment4(struct __sk_buff *skb, struct net *to)
 	return FRAGMENT_OF | ip.protocol;
 }
 
-static __always_inline __u32 fragment6(struct __sk_buff *skb, struct net *to)
+/* Of what is none, the protocol and where it begins are told too. */
+static __always_inline __u32 fragment6(struct __sk_buff *skb, struct net *to, __u8 *proto,
+				       __u32 *begin)
 {
 	struct ipv6 ip = {};
 	__u32 at = sizeof(ip);
@@ -226,8 +228,11 @@ static __always_inline __u32 fragment6(struct __sk_buff *skb, struct net *to)
 		__u8 head[2] = {};
 
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING &&
-		    next != IPPROTO_FRAGMENT && next != IPPROTO_DSTOPTS)
+		    next != IPPROTO_FRAGMENT && next != IPPROTO_DSTOPTS) {
+			*proto = next;
+			*begin = at;
 			return NO_FRAGMENT;
+		}
 		if (bpf_skb_load_bytes_relative(skb, at, head, sizeof(head), BPF_HDR_START_NET))
 			return UNREADABLE;
 		if (next == IPPROTO_FRAGMENT)
@@ -355,6 +360,51 @@ static __always_inline bool is_answered(struct __sk_buff *skb)
 	return 0;
 }
 
+/* The place of a socket that is there while the daemon serves. */
+volatile const __u32 alive = 0;
+
+static __always_inline bool serving(void)
+{
+	__u32 at = alive;
+	struct bpf_sock *sk = bpf_map_lookup_elem(&sockets, &at);
+
+	if (!sk)
+		return 0;
+	bpf_sk_release(sk);
+	return 1;
+}
+
+/*
+ * Whether a packet of IPv6 is for a daemon that is gone. Where the lookup ends
+ * without a socket the kernel refuses such packets, in the name of whom they are
+ * for, and by the way that it would take itself: for a client that is in no
+ * network of the host's, by an uplink. Of IPv4 it says nothing.
+ */
+static __always_inline bool is_unserved(struct __sk_buff *skb, const struct net *to, __u8 proto,
+					__u32 begin)
+{
+	__u16 port = 0;
+
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		return 0;
+	if (likely(serving()))
+		return 0;
+	if (bpf_htonl(to->addr[0]) >> 24 == 0xff ||
+	    bpf_skb_load_bytes_relative(skb, begin + 2, &port, sizeof(port), BPF_HDR_START_NET))
+		return 0;
+	port = bpf_htons(port);
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		const volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (x->ifindex == skb->ifindex && x->protocol == proto && port >= x->first &&
+		    port <= x->last)
+			return !is_own(to);
+	}
+	return 0;
+}
+
 enum { OWN = 0, VLAN = 1, TAGS = 2 };
 
 /*
@@ -387,10 +437,10 @@ static __always_inline int tagged(struct __sk_buff *skb)
 SEC("tcx/ingress")
 int fragments(struct __sk_buff *skb)
 {
+	__u32 found, first, begin = 0;
 	bool ours = 0, any = 0;
 	struct net to = {};
-	__u32 found, first;
-	__u8 proto;
+	__u8 proto = 0;
 	int tag;
 
 	tag = tagged(skb);
@@ -401,12 +451,16 @@ int fragments(struct __sk_buff *skb)
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		found = fragment4(skb, &to);
 	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
-		found = fragment6(skb, &to);
+		found = fragment6(skb, &to, &proto, &begin);
 	else
 		return TCX_NEXT;
 	if (likely(found == NO_FRAGMENT)) {
 		if (unlikely(is_answered(skb)))
 			skb->mark = (skb->mark & ~answers_mask) | answers_mark;
+		else if (unlikely(is_unserved(skb, &to, proto, begin))) {
+			drop_unserved(skb->ifindex);
+			return TCX_DROP;
+		}
 		return TCX_NEXT;
 	}
 	proto = found & 0xff;

@@ -258,6 +258,7 @@ func loadCounting(v Diversion, drops *ebpf.Map) (_ *divertObjects, err error) {
 		}
 		return nil, err
 	}
+	var any Socket
 	for i, s := range v.Sockets {
 		for j, one := range [socketsOf]Socket{s.TCP4, s.TCP6, s.UDP4, s.UDP6} {
 			if one == nil {
@@ -266,10 +267,19 @@ func loadCounting(v Diversion, drops *ebpf.Map) (_ *divertObjects, err error) {
 			if err := putSocket(objs.Sockets, uint32(socketsOf*i+j), one); err != nil {
 				return nil, errors.Join(err, objs.Close())
 			}
+			any = one
+		}
+	}
+	if any != nil {
+		if err := putSocket(objs.Sockets, v.alive(), any); err != nil {
+			return nil, errors.Join(err, objs.Close())
 		}
 	}
 	return objs, nil
 }
+
+// alive is the place of a socket, whichever, that is there while somebody serves.
+func (v Diversion) alive() uint32 { return uint32(socketsOf * len(v.Sockets)) }
 
 // loadEntries loads the programs; byInterface says whether they tell interfaces apart.
 func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, drops *ebpf.Map, byInterface bool) (*divertObjects, error) {
@@ -279,13 +289,13 @@ func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, drops *ebpf
 	}
 	for name, value := range map[string]any{
 		divertVarEntries: entries, divertVarCount: uint32(len(v.Entries)), divertVarByInterface: boolValue(byInterface),
-		divertVarAnswersMark: v.Mark, divertVarAnswersMask: v.Mask,
+		divertVarAnswersMark: v.Mark, divertVarAnswersMask: v.Mask, divertVarAlive: v.alive(),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s: %w", name, err)
 		}
 	}
-	spec.Maps[divertMapSockets].MaxEntries = uint32(max(1, socketsOf*len(v.Sockets)))
+	spec.Maps[divertMapSockets].MaxEntries = v.alive() + 1
 	objs, o := &divertObjects{}, &ebpf.CollectionOptions{}
 	if drops != nil {
 		o.MapReplacements = map[string]*ebpf.Map{divertMapDropped: drops}

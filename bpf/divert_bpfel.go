@@ -48,6 +48,7 @@ const (
 	divertMapSockets     = "sockets"
 	divertProgDivert     = "divert"
 	divertProgFragments  = "fragments"
+	divertVarAlive       = "alive"
 	divertVarAnswersMark = "answers_mark"
 	divertVarAnswersMask = "answers_mask"
 	divertVarByInterface = "by_interface"
@@ -115,6 +116,7 @@ type divertMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type divertVariableSpecs struct {
+	Alive       *ebpf.VariableSpec `ebpf:"alive"`
 	AnswersMark *ebpf.VariableSpec `ebpf:"answers_mark"`
 	AnswersMask *ebpf.VariableSpec `ebpf:"answers_mask"`
 	ByInterface *ebpf.VariableSpec `ebpf:"by_interface"`
@@ -161,6 +163,7 @@ func (m *divertMaps) Close() error {
 //
 // It can be passed to loadDivertObjects or ebpf.CollectionSpec.LoadAndAssign.
 type divertVariables struct {
+	Alive       *ebpf.Variable `ebpf:"alive"`
 	AnswersMark *ebpf.Variable `ebpf:"answers_mark"`
 	AnswersMask *ebpf.Variable `ebpf:"answers_mask"`
 	ByInterface *ebpf.Variable `ebpf:"by_interface"`

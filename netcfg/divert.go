@@ -41,14 +41,15 @@ type DivertPorts struct {
 // Offsets of the rule priorities in a Layout: those before `from PREFIX`, and those
 // behind.
 const (
-	priorityAnswers = 1 // of what table main knows no network for
-	priorityHost    = 2
-	priorityFrom    = 3 // and 128 more
+	priorityKnown   = 1 // answers to networks of table main
+	priorityAnswers = 2 // those to others
+	priorityHost    = 3
+	priorityFrom    = 4 // and 128 more
 
-	priorityBetween = 132
-	priorityNear    = 133
-	priorityDivert  = 134
-	priorityRest    = 135
+	priorityBetween = 133
+	priorityNear    = 134
+	priorityDivert  = 135
+	priorityRest    = 136
 )
 
 // divertTable is the table that delivers everything to the host, restTable the
@@ -108,8 +109,9 @@ func (w Want) divert(have *Snapshot, f Family, out *wish) {
 	// reverse path check): the default route would have the answers leave by an uplink.
 	out.routes = append(out.routes, lastResort(f, w.Layout.answersTable()))
 	out.routes = append(out.routes, w.answerRoutes(have, f)...)
+	out.rules = append(out.rules, w.foreignRules(have, f)...)
 	out.rules = append(out.rules, Rule{
-		Family: f, Priority: w.Layout.RulePriority, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
+		Family: f, Priority: w.Layout.RulePriority + priorityKnown, Table: TableMain, Mark: w.Answers.Value, Mask: w.Answers.Mask,
 		IIF: "lo", Near: true, Action: actionLookup, Protocol: Protocol,
 	}, Rule{
 		Family: f, Priority: w.Layout.RulePriority + priorityAnswers, Table: w.Layout.answersTable(),
@@ -140,8 +142,8 @@ func (w Want) answerRoutes(have *Snapshot, f Family) []Route {
 	var out []Route
 	for _, r := range have.Routes {
 		link, ok := have.Links[r.LinkIndex]
-		if !ok || !link.Admin || r.Family != f || r.Table != TableMain || r.Type != RouteUnicast || r.Dst.Bits() != 0 || r.Other ||
-			!slices.ContainsFunc(w.Diverts, func(d Divert) bool { return d.Interface == link.Name }) {
+		if !ok || !link.Admin || !w.diverts(link.Name) || r.Family != f || r.Table != TableMain || r.Type != RouteUnicast ||
+			r.Dst.Bits() != 0 || r.Other {
 			continue
 		}
 		r.Table, r.Protocol, r.Down = w.Layout.answersTable(), Protocol, false
@@ -151,6 +153,43 @@ func (w Want) answerRoutes(have *Snapshot, f Family) []Route {
 		}
 	}
 	return out
+}
+
+// foreignRules keep answers off the networks of uplinks, where no client is that came
+// by another interface, whatever it says: its address there would be a way for
+// answers to leave by the uplink. A network that one of clients is in is spared.
+func (w Want) foreignRules(have *Snapshot, f Family) []Rule {
+	var out []Rule
+	for _, u := range w.Uplinks {
+		link, ok := have.Link(u.Interface)
+		if !ok || w.diverts(u.Interface) {
+			continue
+		}
+		for _, p := range have.neighbours(link, f).sources {
+			r := Rule{
+				Family: f, Priority: w.Layout.RulePriority, Table: w.Layout.answersTable(), Dst: p,
+				Mark: w.Answers.Value, Mask: w.Answers.Mask, IIF: "lo", Action: actionLookup, Protocol: Protocol,
+			}
+			if !w.clientsIn(have, f, p) && !slices.Contains(out, r) {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
+}
+
+// clientsIn says whether a network of an interface whose traffic is diverted lies in
+// another one.
+func (w Want) clientsIn(have *Snapshot, f Family, p netip.Prefix) bool {
+	return slices.ContainsFunc(w.Diverts, func(d Divert) bool {
+		link, ok := have.Link(d.Interface)
+		return ok && slices.ContainsFunc(have.neighbours(link, f).routes, p.Overlaps)
+	})
+}
+
+// diverts says whether traffic of an interface is diverted.
+func (w Want) diverts(name string) bool {
+	return slices.ContainsFunc(w.Diverts, func(d Divert) bool { return d.Interface == name })
 }
 
 // divertRules lead what is diverted to the table that delivers it: all of it, or

@@ -19,7 +19,7 @@ const (
 	MaxUplink = Tables - 4
 
 	// Priorities is how many rule priorities a Layout takes, from RulePriority on:
-	// the first for the fwmark rules, two for answers to clients, the next 129 for the
+	// the first for the fwmark rules, three for answers to clients, the next 129 for the
 	// `from PREFIX` rules (the longest prefix first), two for the own networks of interfaces that
 	// divert, one for what is diverted and one for what else comes by
 	// such an interface, the rest for rules to come.

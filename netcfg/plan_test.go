@@ -144,16 +144,16 @@ ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 1
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119
-ip rule add priority 11907 from 203.0.113.0/28 iif lo lookup 11901 proto 119
-ip -6 rule add priority 11967 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
+ip rule add priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip rule add priority 11908 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip -6 rule add priority 11968 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "one uplink leaves",
 			from: want(isp1(), isp2()),
 			want: want(isp1()),
 			ip: `
-ip rule del priority 11907 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip rule del priority 11908 from 203.0.113.0/28 iif lo lookup 11901 proto 119
 ip rule del priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule del priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip route del default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
@@ -166,8 +166,8 @@ ip -6 route del unreachable default table 11901 proto 119 metric 4294967295`,
 			from: want(isp1()),
 			want: want(),
 			ip: `
-ip rule del priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119
-ip -6 rule del priority 11967 from 2001:db8:100::/64 iif lo lookup 11900 proto 119
+ip rule del priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip -6 rule del priority 11968 from 2001:db8:100::/64 iif lo lookup 11900 proto 119
 ip rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip -6 rule del priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip addr del 198.51.100.11/32 dev eth0
@@ -230,7 +230,7 @@ ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 10
 ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
 ip -6 route add default via 2001:db8:100::1 dev eth0 onlink table 11900 proto 119 metric 1024
 ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute preferred_lft 0
-ip -6 rule del priority 11967 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
+ip -6 rule del priority 11968 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "foreign addresses are left where they are",
@@ -245,7 +245,7 @@ ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
 ip addr add 203.0.113.6/32 dev eth1 proto 119 metric 11901 noprefixroute
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11907 from 203.0.113.0/28 iif lo lookup 11901 proto 119`,
+ip rule add priority 11908 from 203.0.113.0/28 iif lo lookup 11901 proto 119`,
 			notes: "uplink isp2: address 198.51.100.99 is on interface lan0, not on eth1",
 		},
 		{
@@ -260,7 +260,7 @@ ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
 ip addr add 203.0.113.7/32 dev eth1 proto 119 metric 11901 noprefixroute
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11907 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip rule add priority 11908 from 203.0.113.0/28 iif lo lookup 11901 proto 119
 ip addr del 203.0.113.7/32 dev eth0`,
 		},
 		{
@@ -270,8 +270,8 @@ ip addr del 203.0.113.7/32 dev eth0`,
 				u.Local = []netip.Prefix{netip.MustParsePrefix("2001:db8:beef::/64"), netip.MustParsePrefix("10.60.0.0/24")}
 			})),
 			ip: `
-ip rule add priority 11911 from 10.60.0.0/24 iif lo lookup 11900 proto 119
-ip -6 rule add priority 11967 from 2001:db8:beef::/64 iif lo lookup 11900 proto 119
+ip rule add priority 11912 from 10.60.0.0/24 iif lo lookup 11900 proto 119
+ip -6 rule add priority 11968 from 2001:db8:beef::/64 iif lo lookup 11900 proto 119
 ip route add local 10.60.0.0/24 dev lo table local proto 119 metric 11900
 ip -6 route add local 2001:db8:beef::/64 dev lo table local proto 119 metric 11900`,
 		},
@@ -294,7 +294,7 @@ ip route del local 198.51.100.0/25 dev lo table local proto 119 metric 11900
 ip -6 route del local 2001:db8:100::/64 dev lo table local proto 119 metric 11900
 ip route del throw 198.51.100.1/32 table local proto 119 metric 12155
 ip -6 route del throw 2001:db8:100::1/128 table local proto 119 metric 12155
-ip rule del priority 11910 from 198.51.100.0/25 iif lo lookup 11900 proto 119`,
+ip rule del priority 11911 from 198.51.100.0/25 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "another gateway in the prefix of a node",
@@ -326,7 +326,7 @@ ip route add 203.0.113.0/28 dev eth1 scope link table 11901 proto 119 metric 102
 ip route add default via 203.0.113.1 dev eth1 table 11901 proto 119 metric 1024
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11907 from 203.0.113.0/28 iif lo lookup 11901 proto 119
+ip rule add priority 11908 from 203.0.113.0/28 iif lo lookup 11901 proto 119
 ip route replace throw 198.51.100.1/32 table local proto 119 metric 12155`,
 		},
 		{
@@ -343,10 +343,10 @@ ip route del 198.51.100.1/32 dev eth0 scope link table local proto 119 metric 12
 			from: want(isp1NoAddrs(), isp2()),
 			want: want(isp1NoAddrs(), with(isp2(), func(u *netcfg.Uplink) { u.Local = prefixes("198.51.100.0/24") })),
 			ip: `
-ip rule add priority 11911 from 198.51.100.0/24 iif lo lookup 11901 proto 119
+ip rule add priority 11912 from 198.51.100.0/24 iif lo lookup 11901 proto 119
 ip route add throw 198.51.100.1/32 table local proto 119 metric 12155
 ip route add local 198.51.100.0/24 dev lo table local proto 119 metric 11901
-ip rule del priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
+ip rule del priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
 			notes: "uplink isp1 is on 198.51.100.0/24, which is a prefix of uplink isp2: packets from it that have no mark leave by isp2",
 		},
 		{
@@ -374,8 +374,8 @@ ip -6 route add 2001:db8:100::/64 dev eth0 table 11901 proto 119 metric 1024
 ip route add default via 203.0.113.66 dev eth0 table 11901 proto 119 metric 1024
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11907 from 203.0.113.64/28 iif lo lookup 11901 proto 119
-ip rule del priority 11907 from 203.0.113.64/28 iif lo lookup 11900 proto 119`,
+ip rule add priority 11908 from 203.0.113.64/28 iif lo lookup 11901 proto 119
+ip rule del priority 11908 from 203.0.113.64/28 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "a family without gateway and nodes keeps its own ways",
@@ -392,7 +392,7 @@ ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
 ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
 ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
-ip rule add priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
+ip rule add priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "a lone address, as clouds and point-to-point links have it, and half the internet",
@@ -409,7 +409,7 @@ ip route add 0.0.0.0/1 dev tun0 scope link table 11901 proto 119 metric 1024
 ip route add 10.8.0.1/32 dev tun0 scope link table 11901 proto 119 metric 1024
 ip rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x20000/0xff0000 lookup 11901 proto 119
-ip rule add priority 11903 from 10.8.0.2/32 iif lo lookup 11901 proto 119`,
+ip rule add priority 11904 from 10.8.0.2/32 iif lo lookup 11901 proto 119`,
 		},
 		{
 			name: "a host without IPv6",
@@ -425,7 +425,7 @@ ip route add 198.51.100.0/24 dev eth0 scope link table 11900 proto 119 metric 10
 ip route add default via 198.51.100.1 dev eth0 table 11900 proto 119 metric 1024
 ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
 ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
-ip rule add priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
+ip rule add priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "diverted ports",
@@ -437,17 +437,17 @@ ip -6 route add unreachable default table 12152 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
 ip route add local default dev lo table 12154 proto 119 metric 1024
 ip -6 route add local default dev lo table 12154 proto 119 metric 1024
-ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
-ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip -6 rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip -6 rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
-ip rule add priority 12033 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
-ip rule add priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule add priority 12034 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
+ip rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip -6 rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip -6 rule add priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip -6 rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip rule add priority 12034 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12035 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
 		},
 		{
 			name: "clients on the link of diverted traffic, beside an uplink",
@@ -463,10 +463,12 @@ ip -6 route add default via 2001:db8:100::1 dev eth0 table 11900 proto 119 metri
 ip addr add 198.51.100.11/32 dev eth0 proto 119 metric 11900 noprefixroute
 ip addr add 2001:db8:100::11/128 dev eth0 proto 119 metric 11900 noprefixroute preferred_lft 0
 ip rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
+ip rule add priority 11900 from all to 198.51.100.0/24 fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
 ip -6 rule add priority 11900 from all fwmark 0x10000/0xff0000 lookup 11900 proto 119
-ip rule add priority 11902 from all to 192.168.7.0/24 iif lo lookup main suppress_prefixlength 0 proto 119
-ip rule add priority 11911 from 198.51.100.0/24 iif lo lookup 11900 proto 119
-ip -6 rule add priority 11967 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
+ip -6 rule add priority 11900 from all to 2001:db8:100::/64 fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip rule add priority 11903 from all to 192.168.7.0/24 iif lo lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 11912 from 198.51.100.0/24 iif lo lookup 11900 proto 119
+ip -6 rule add priority 11968 from 2001:db8:100::/64 iif lo lookup 11900 proto 119`,
 		},
 		{
 			name: "a whole protocol of an interface that is yet to come, and nothing else of it",
@@ -481,12 +483,12 @@ ip -6 rule add priority 11967 from 2001:db8:100::/64 iif lo lookup 11900 proto 1
 			ip: `
 ip route add unreachable default table 12153 proto 119 metric 4294967295
 ip -6 route add unreachable default table 12153 proto 119 metric 4294967295
-ip rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
-ip rule add priority 12035 from all iif br0 lookup 12153 proto 119
-ip rule add priority 12034 from all iif br0 ipproto tcp lookup 12154 proto 119
-ip -6 rule add priority 12035 from all iif br0 lookup 12153 proto 119
-ip -6 rule add priority 12034 from all iif br0 ipproto tcp lookup 12154 proto 119`,
+ip rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif br0 lookup 12154 proto 119
+ip rule add priority 12036 from all iif br0 lookup 12153 proto 119
+ip rule add priority 12035 from all iif br0 ipproto tcp lookup 12154 proto 119
+ip -6 rule add priority 12036 from all iif br0 lookup 12153 proto 119
+ip -6 rule add priority 12035 from all iif br0 ipproto tcp lookup 12154 proto 119`,
 		},
 		{
 			name: "diverted ports of an interface that leads off the host too",
@@ -504,22 +506,22 @@ ip -6 route add unreachable default table 12154 proto 119 metric 4294967295
 ip route add local default dev lo table 12154 proto 119 metric 1024
 ip -6 route add local default dev lo table 12154 proto 119 metric 1024
 ip route add default via 198.51.100.1 dev eth0 table 12152 proto 119 metric 0
-ip rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
-ip -6 rule add priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip -6 rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip -6 rule add priority 12034 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
-ip rule add priority 12033 from all to 198.51.100.0/24 iif eth0 lookup main suppress_prefixlength 0 proto 119
-ip rule add priority 12032 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule add priority 12032 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip rule add priority 12034 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule add priority 12034 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule add priority 12033 from all to 2001:db8:100::/64 iif eth0 lookup main suppress_prefixlength 0 proto 119
-ip -6 rule add priority 12032 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule add priority 12032 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
+ip rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
+ip -6 rule add priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip -6 rule add priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip -6 rule add priority 12035 from all fwmark 0xc10000/0xff0000 iif eth0 lookup 12154 proto 119
+ip rule add priority 12034 from all to 198.51.100.0/24 iif eth0 lookup main suppress_prefixlength 0 proto 119
+ip rule add priority 12033 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12033 from 198.51.100.0/24 to 198.51.100.0/24 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip rule add priority 12035 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule add priority 12035 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12034 from all to 2001:db8:100::/64 iif eth0 lookup main suppress_prefixlength 0 proto 119
+ip -6 rule add priority 12033 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12033 from 2001:db8:100::/64 to 2001:db8:100::/64 iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all iif eth0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all iif eth0 ipproto udp dport 1000-2000 lookup 12154 proto 119`,
 		},
 		{
 			name: "another port: the rule comes before the old one goes",
@@ -530,27 +532,27 @@ ip -6 rule add priority 12034 from all iif eth0 ipproto udp dport 1000-2000 look
 				return w
 			}(),
 			ip: `
-ip rule add priority 12034 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
-ip -6 rule add priority 12034 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
-ip rule del priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule del priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119`,
+ip rule add priority 12035 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip -6 rule add priority 12035 from all iif lan0 ipproto tcp dport 80-443 lookup 12154 proto 119
+ip rule del priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119`,
 		},
 		{
 			name: "diverting ends: rules first",
 			from: diverting(),
 			want: want(),
 			ip: `
-ip rule del priority 12033 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
-ip rule del priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip rule del priority 12034 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip -6 rule del priority 12034 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
-ip -6 rule del priority 12034 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
-ip rule del priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip rule del priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip rule del priority 12034 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
-ip -6 rule del priority 11900 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
-ip -6 rule del priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
-ip -6 rule del priority 12034 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip rule del priority 12034 from all to 192.168.7.0/24 iif lan0 lookup main suppress_prefixlength 0 proto 119
+ip rule del priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip rule del priority 12035 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip -6 rule del priority 12035 from all iif lan0 ipproto tcp dport 443 lookup 12154 proto 119
+ip -6 rule del priority 12035 from all iif lan0 ipproto udp dport 1000-2000 lookup 12154 proto 119
+ip rule del priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip rule del priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip rule del priority 12035 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
+ip -6 rule del priority 11901 from all fwmark 0xc10000/0xff0000 iif lo lookup main suppress_prefixlength 0 proto 119
+ip -6 rule del priority 11902 from all fwmark 0xc10000/0xff0000 iif lo lookup 12152 proto 119
+ip -6 rule del priority 12035 from all fwmark 0xc10000/0xff0000 iif lan0 lookup 12154 proto 119
 ip route del local default dev lo table 12154 proto 119 metric 1024
 ip -6 route del local default dev lo table 12154 proto 119 metric 1024
 ip route del unreachable default table 12152 proto 119 metric 4294967295

@@ -1,6 +1,7 @@
 package main_test
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -23,10 +24,13 @@ func (g *gateway) unanswered(when string, at ...string) {
 	}
 }
 
-// TestTransparentStrangers: who says to be where the host knows no network is
-// not answered by an uplink, in the name of whom it asked for.
+// TestTransparentStrangers: who says to be where the host knows no network, or on the
+// network of an uplink, is not answered by that, in the name of whom it asked for.
 func TestTransparentStrangers(t *testing.T) {
-	const stranger4, stranger6 = "172.20.0.9", "fd77::9"
+	const (
+		stranger4, stranger6   = "172.20.0.9", "fd77::9"
+		neighbour4, neighbour6 = "198.51.100.77", "2001:db8:100::77"
+	)
 	g := newGateway(t)
 	tell(t, g.Origin, "origin", everywhere(443)...)
 	tellDatagrams(t, g.Origin, "origin", everywhere(1500)...)
@@ -36,12 +40,17 @@ func TestTransparentStrangers(t *testing.T) {
 		}
 	}
 	g.start(uplinkConfig(lan(`divert: [tcp/443, udp/1500], select: {out: p6}`)))
-	for _, a := range []string{stranger4 + "/32", stranger6 + "/128"} {
+	for _, a := range []string{stranger4 + "/32", stranger6 + "/128", neighbour4 + "/32", neighbour6 + "/128"} {
 		if err := g.Client.AddAddr("eth0", netip.MustParsePrefix(a)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for from, port := range map[string]func(int) string{stranger4: at4, stranger6: at6} {
+	for _, a := range []string{neighbour4 + "/32", neighbour6 + "/128"} {
+		if err := g.ISP1.AddAddr("host0", netip.MustParsePrefix(a)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for from, port := range map[string]func(int) string{stranger4: at4, stranger6: at6, neighbour4: at4, neighbour6: at6} {
 		if err := g.Client.Do(func() error {
 			d := net.Dialer{Timeout: brief, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
 			if c, err := d.Dial("tcp", port(443)); err == nil {
@@ -61,7 +70,7 @@ func TestTransparentStrangers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	g.unanswered("all the time", stranger4, stranger6)
+	g.unanswered("all the time", stranger4, stranger6, neighbour4, neighbour6)
 	// One that there is a way to is answered.
 	for net, via := range map[string]string{stranger4 + "/32": lab.ClientAddr4, stranger6 + "/128": lab.ClientAddr6} {
 		if err := g.Host.AddRoute(netip.MustParsePrefix(net), netip.MustParseAddr(via)); err != nil {
@@ -114,4 +123,46 @@ func TestTransparentClientsGone(t *testing.T) {
 	}
 	time.Sleep(brief)
 	g.unanswered("the interface is down", lab.ClientAddr4, lab.ClientAddr6)
+}
+
+// TestTransparentNobodyRefuses: without a daemon nobody is refused in the name of
+// others, who would learn of it by an uplink when they are in no network of the host's.
+func TestTransparentNobodyRefuses(t *testing.T) {
+	const stranger = "fd77::9"
+	g := newGateway(t)
+	tell(t, g.Origin, "origin", everywhere(443)...)
+	g.start(uplinkConfig(lan(`divert: [tcp/443, udp/1500], select: {out: p6}`)))
+	if err := g.Client.AddAddr("eth0", netip.MustParsePrefix(stranger+"/128")); err != nil {
+		t.Fatal(err)
+	}
+	if got := g.dialFrom(lab.ClientAddr6, at6(443)); got != "origin "+p6Of6 {
+		t.Errorf("served: told %q", got)
+	}
+	if err := g.daemon.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	for _, from := range []string{stranger, lab.ClientAddr6} {
+		if err := g.Client.Do(func() error {
+			d := net.Dialer{Timeout: brief, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+			var late net.Error
+			if _, err := d.Dial("tcp", at6(443)); !errors.As(err, &late) || !late.Timeout() {
+				t.Errorf("%s: error %v, want that nobody answers", from, err)
+			}
+			c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(from)})
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.WriteToUDPAddrPort([]byte("hello"), netip.MustParseAddrPort(at6(1500)))
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(brief)
+	g.unanswered("the daemon is gone", stranger, lab.ClientAddr6)
+	g.run(lab.Program{})
+	if got := g.dialFrom(lab.ClientAddr6, at6(443)); got != "origin "+p6Of6 {
+		t.Errorf("served again: told %q", got)
+	}
 }
