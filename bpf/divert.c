@@ -51,7 +51,11 @@ struct entry {
 
 _Static_assert(sizeof(struct entry) == 48, "entry");
 
-volatile const struct entry entries[MAX_ENTRIES] = {};
+/*
+ * Nobody writes to them here, and yet they are no constants: the verifier would
+ * tell each from the others, and follow every combination of those that match.
+ */
+volatile struct entry entries[MAX_ENTRIES] = {};
 volatile const __u32 count = 0;
 
 /* Whether the kernel says by which interface a packet has come in (5.17). */
@@ -133,11 +137,100 @@ static __always_inline void mapped4(struct net *to, __u32 addr)
 	to->addr[3] = addr;
 }
 
-static __always_inline bool within(const struct net *to, const volatile struct entry *e)
+/*
+ * Whether an entry has one of some ports of a protocol. It is one condition, by the
+ * signs of differences: of several the verifier would follow what each says of the
+ * arguments.
+ */
+static __always_inline bool has_port(volatile struct entry *x, __u32 proto, __u32 first, __u32 last)
 {
-	return !(
-	    ((to->addr[0] & e->mask[0]) ^ e->addr[0]) | ((to->addr[1] & e->mask[1]) ^ e->addr[1]) |
-	    ((to->addr[2] & e->mask[2]) ^ e->addr[2]) | ((to->addr[3] & e->mask[3]) ^ e->addr[3]));
+	return !((x->protocol ^ proto) | ((last - x->first) | (x->last - first)) >> 31);
+}
+
+/*
+ * The loops are functions of their own, and global ones: the verifier looks at each
+ * once, whatever its arguments, and not for every way that leads to it.
+ */
+
+/* The first entry for an address of the host's own: its place, and 1; 0: none. */
+__noinline int at_prefix(__u32 proto_port, __u32 a, __u32 b, __u32 c, __u32 d)
+{
+	__u32 proto = proto_port >> 16, port = proto_port & 0xffff;
+
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (x->others || !has_port(x, proto, port, port))
+			continue;
+		if (!(((a & x->mask[0]) ^ x->addr[0]) | ((b & x->mask[1]) ^ x->addr[1]) |
+		      ((c & x->mask[2]) ^ x->addr[2]) | ((d & x->mask[3]) ^ x->addr[3])))
+			return i + 1;
+	}
+	return 0;
+}
+
+enum { ELSEWHERE = -1 };
+
+/* The first entry for what comes in by an interface likewise; ELSEWHERE: others have one. */
+__noinline int at_interface(__u32 proto, __u32 port, __u32 from)
+{
+	int found = 0;
+
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (!x->others || !has_port(x, proto, port, port))
+			continue;
+		if (!by_interface || x->ifindex == from)
+			return i + 1;
+		found = ELSEWHERE;
+	}
+	return found;
+}
+
+/* Whether an entry of an interface has one of some ports of a protocol. */
+__noinline int is_taken(__u32 ifindex, __u32 proto, __u32 first, __u32 last)
+{
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		if (x->ifindex == ifindex && has_port(x, proto, first, last))
+			return 1;
+	}
+	return 0;
+}
+
+/* Whether an entry of an interface has ports, and not all, of a protocol. */
+__noinline int has_ports(__u32 ifindex, __u32 proto)
+{
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		volatile struct entry *x = &entries[i];
+
+		if (i >= count)
+			break;
+		/* A rule without ports takes fragments too, to be put together. */
+		if (x->ifindex == ifindex && x->protocol == proto &&
+		    (x->first || x->last != ANY_PORT))
+			return 1;
+	}
+	return 0;
+}
+
+__noinline int has_entry(__u32 ifindex)
+{
+	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
+		if (i >= count)
+			break;
+		if (entries[i].ifindex == ifindex)
+			return 1;
+	}
+	return 0;
 }
 
 /* Once for each connection, and for each datagram of no connected socket. */
@@ -145,12 +238,11 @@ SEC("sk_lookup")
 int divert(struct bpf_sk_lookup *ctx)
 {
 	__u32 proto = ctx->protocol, port = ctx->local_port, from = 0;
-	const volatile struct entry *e = NULL, *others = NULL;
+	volatile struct entry *e;
 	struct bpf_sock *sk;
 	struct net to = {};
-	bool elsewhere = 0;
 	__u32 four, at;
-	bool host;
+	int found = 0;
 	long err;
 
 	/* One load each, or the compiler selects between the two places. */
@@ -162,29 +254,16 @@ int divert(struct bpf_sk_lookup *ctx)
 		mapped4(&to, four);
 	if (by_interface)
 		from = *(volatile const __u32 *)&ctx->ingress_ifindex;
-	host = is_own(&to);
-	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
-		const volatile struct entry *x = &entries[i];
-
-		if (i >= count)
-			break;
-		if (x->protocol != proto || port < x->first || port > x->last)
-			continue;
-		if (!x->others) {
-			if (!e && within(&to, x))
-				e = x;
-		} else if (by_interface && x->ifindex != from) {
-			elsewhere = 1;
-		} else if (!others) {
-			others = x;
-		}
-	}
-	if (others && !host)
-		e = others;
-	else if (!others && elsewhere && from && !host && !bpf_map_lookup_elem(&known, &from))
+	if (!is_own(&to))
+		found = at_interface(proto, port, from);
+	if (found == ELSEWHERE && from && !bpf_map_lookup_elem(&known, &from))
 		return drop_unserved(0);
-	if (!e)
+	if (found <= 0)
+		found =
+		    at_prefix(proto << 16 | port, to.addr[0], to.addr[1], to.addr[2], to.addr[3]);
+	if (found <= 0 || found > MAX_ENTRIES)
 		return SK_PASS;
+	e = &entries[found - 1];
 	at = e->socket + (proto == IPPROTO_UDP ? SOCKET_UDP : 0) +
 	     (ctx->family == AF_INET ? 0 : SOCKET_V6);
 	sk = bpf_map_lookup_elem(&sockets, &at);
@@ -348,16 +427,7 @@ static __always_inline bool is_answered(struct __sk_buff *skb)
 	if (at && bpf_skb_load_bytes_relative(skb, at, &port, sizeof(port), BPF_HDR_START_NET))
 		return 0;
 	port = bpf_htons(port);
-	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
-		const volatile struct entry *x = &entries[i];
-
-		if (i >= count)
-			break;
-		if (x->ifindex == skb->ifindex && x->protocol == proto &&
-		    (!at || (port >= x->first && port <= x->last)))
-			return !is_own(&from);
-	}
-	return 0;
+	return is_taken(skb->ifindex, proto, port, at ? port : ANY_PORT) && !is_own(&from);
 }
 
 /* The place of a socket that is there while the daemon serves. */
@@ -393,16 +463,7 @@ static __always_inline bool is_unserved(struct __sk_buff *skb, const struct net 
 	    bpf_skb_load_bytes_relative(skb, begin + 2, &port, sizeof(port), BPF_HDR_START_NET))
 		return 0;
 	port = bpf_htons(port);
-	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
-		const volatile struct entry *x = &entries[i];
-
-		if (i >= count)
-			break;
-		if (x->ifindex == skb->ifindex && x->protocol == proto && port >= x->first &&
-		    port <= x->last)
-			return !is_own(to);
-	}
-	return 0;
+	return is_taken(skb->ifindex, proto, port, port) && !is_own(to);
 }
 
 enum { OWN = 0, VLAN = 1, TAGS = 2 };
@@ -438,7 +499,6 @@ SEC("tcx/ingress")
 int fragments(struct __sk_buff *skb)
 {
 	__u32 found, first, begin = 0;
-	bool ours = 0, any = 0;
 	struct net to = {};
 	__u8 proto = 0;
 	int tag;
@@ -464,23 +524,13 @@ int fragments(struct __sk_buff *skb)
 		return TCX_NEXT;
 	}
 	proto = found & 0xff;
-	for (__u32 i = 0; i < MAX_ENTRIES; i++) {
-		const volatile struct entry *x = &entries[i];
-
-		if (i >= count)
-			break;
-		if (x->ifindex != skb->ifindex)
-			continue;
-		any = 1;
-		/* A rule without ports takes fragments too, to be put together. */
-		if (x->protocol == proto && (x->first || x->last != ANY_PORT))
-			ours = 1;
-	}
 	if (found == UNREADABLE || proto == IPPROTO_HOPOPTS || proto == IPPROTO_ROUTING ||
-	    proto == IPPROTO_FRAGMENT || proto == IPPROTO_DSTOPTS)
-		ours = any && skb->protocol == bpf_htons(ETH_P_IPV6);
-	if (!ours)
+	    proto == IPPROTO_FRAGMENT || proto == IPPROTO_DSTOPTS) {
+		if (skb->protocol != bpf_htons(ETH_P_IPV6) || !has_entry(skb->ifindex))
+			return TCX_NEXT;
+	} else if (!has_ports(skb->ifindex, proto)) {
 		return TCX_NEXT;
+	}
 	/* To a group or to all: nothing that is forwarded to one host. */
 	first = bpf_htonl(skb->protocol == bpf_htons(ETH_P_IP) ? to.addr[3] : to.addr[0]) >> 24;
 	if (first == 0xff || (skb->protocol == bpf_htons(ETH_P_IP) && first >= 0xe0))

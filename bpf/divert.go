@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
@@ -246,16 +247,14 @@ func loadCounting(v Diversion, drops *ebpf.Map) (_ *divertObjects, err error) {
 		}
 		entries[i] = e.encode()
 	}
-	objs, err := loadEntries(v, entries, drops, true)
-	if errors.Is(err, unix.EACCES) { // a verdict: the kernel may not know the interface (5.15 does not)
-		if older, again := loadEntries(v, entries, drops, false); again == nil {
-			objs, err = older, v.oneServerEach()
+	byInterface := tellsInterface()
+	if !byInterface {
+		if err := v.oneServerEach(); err != nil {
+			return nil, err
 		}
 	}
+	objs, err := loadEntries(v, entries, drops, byInterface)
 	if err != nil {
-		if objs != nil {
-			err = errors.Join(err, objs.Close())
-		}
 		return nil, err
 	}
 	var any Socket
@@ -280,6 +279,21 @@ func loadCounting(v Diversion, drops *ebpf.Map) (_ *divertObjects, err error) {
 
 // alive is the place of a socket, whichever, that is there while somebody serves.
 func (v Diversion) alive() uint32 { return uint32(socketsOf * len(v.Sockets)) }
+
+// tellsInterface asks the kernel for a program that looks at the interface of a
+// connection. An error that is no verdict says nothing of that: it comes again with the
+// programs themselves.
+func tellsInterface() bool {
+	const ingressIfindex = 64 // of struct bpf_sk_lookup
+	p, err := ebpf.NewProgramWithOptions(&ebpf.ProgramSpec{
+		Type: ebpf.SkLookup, AttachType: ebpf.AttachSkLookup, License: "Apache-2.0",
+		Instructions: asm.Instructions{asm.LoadMem(asm.R0, asm.R1, ingressIfindex, asm.Word), asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	}, ebpf.ProgramOptions{LogDisabled: true})
+	if err != nil {
+		return !errors.Is(err, unix.EACCES)
+	}
+	return p.Close() == nil
+}
 
 // loadEntries loads the programs; byInterface says whether they tell interfaces apart.
 func loadEntries(v Diversion, entries [MaxDivertEntries]divertEntry, drops *ebpf.Map, byInterface bool) (*divertObjects, error) {
