@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -342,4 +343,25 @@ func (k *soak) published(meant, swapped func(int) bool) string {
 		}
 	}
 	return k.file("nodes.json", "["+strings.Join(nodes, ",\n")+"]\n")
+}
+
+func (k *soak) publishAll() {
+	k.t.Helper()
+	k.ok("publish", "dyn", k.published(func(int) bool { return true }, func(int) bool { return false }))
+}
+
+// untilUp waits for every path of the usual configuration to serve.
+func (k *soak) untilUp() {
+	k.t.Helper()
+	var lacking string
+	eventually(k.t, "all paths are up", func() bool {
+		lacking = ""
+		states := k.paths()
+		for _, p := range slices.Concat(k.out, k.dyn) {
+			if s := states[p.escaper+"/"+p.id]; s.State != "up" || s.Reason != "" {
+				lacking += fmt.Sprintf("%s/%s %s %q; ", p.escaper, p.id, s.State, s.Reason)
+			}
+		}
+		return lacking == ""
+	}, &lacking)
 }

@@ -572,27 +572,6 @@ func (k *soak) lines(kind string, p soakPath, before report, out string, many in
 	return len(lines)
 }
 
-func (k *soak) publishAll() {
-	k.t.Helper()
-	k.ok("publish", "dyn", k.published(func(int) bool { return true }, func(int) bool { return false }))
-}
-
-// untilUp waits for every path of the usual configuration to serve.
-func (k *soak) untilUp() {
-	k.t.Helper()
-	var lacking string
-	eventually(k.t, "all paths are up", func() bool {
-		lacking = ""
-		states := k.paths()
-		for _, p := range slices.Concat(k.out, k.dyn) {
-			if s := states[p.escaper+"/"+p.id]; s.State != "up" || s.Reason != "" {
-				lacking += fmt.Sprintf("%s/%s %s %q; ", p.escaper, p.id, s.State, s.Reason)
-			}
-		}
-		return lacking == ""
-	}, &lacking)
-}
-
 // calmed has every path serve again, in every way, as if nothing had been.
 func (k *soak) calmed() {
 	k.t.Helper()
