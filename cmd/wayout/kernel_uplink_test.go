@@ -187,31 +187,40 @@ func gatewayRouteGoes(t *testing.T, config string) {
 	stop, deleted := make(chan struct{}), make(chan int)
 	go func() {
 		n := 0
+		var since time.Time // when the routes were first seen again
 		for {
-			found := 0
+			var there []netlink.Route
 			for i, family := range []int{unix.AF_INET, unix.AF_INET6} {
 				all, err := k.Host.Netlink().RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 				if err != nil {
 					t.Error(err)
 				}
 				for _, r := range all {
-					if r.Table != unix.RT_TABLE_MAIN && r.Gw != nil && r.Gw.Equal(gateways[i].AsSlice()) && k.Host.Netlink().RouteDel(&r) == nil {
-						n++
-						found++
+					if r.Table != unix.RT_TABLE_MAIN && r.Gw != nil && r.Gw.Equal(gateways[i].AsSlice()) {
+						there = append(there, r)
 					}
 				}
 			}
-			// Once they were there again, they stay long enough for what is under
-			// way to get through when it is sent again.
-			pause := time.Millisecond
-			if found > 0 {
-				pause = 20 * time.Millisecond
+			// Once they are there again, they stay long enough for what is under way to
+			// get through when it is sent again.
+			switch {
+			case len(there) == 0:
+				since = time.Time{}
+			case since.IsZero():
+				since = time.Now()
+			case time.Since(since) >= 40*time.Millisecond:
+				for _, r := range there {
+					if k.Host.Netlink().RouteDel(&r) == nil {
+						n++
+					}
+				}
+				since = time.Time{}
 			}
 			select {
 			case <-stop:
 				deleted <- n
 				return
-			case <-time.After(pause):
+			case <-time.After(time.Millisecond):
 			}
 		}
 	}()
