@@ -3,7 +3,6 @@ package selection_test
 import (
 	"fmt"
 	"math"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -28,15 +27,7 @@ func TestJumpShares(t *testing.T) {
 		"heavy":   {65535, 1, 40000, 0, 65535},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newPool(t, selection.Options{Policy: selection.Jump}, weighted(weights...)...)
-			sequential, addrs := make([]int, len(weights)), make([]int, len(weights))
-			for k := range uint64(50_000) {
-				sequential[mustPick(t, p, k)]++
-				a := netip.AddrFrom4([4]byte{192, byte(k >> 16), byte(k >> 8), byte(k)})
-				addrs[mustPick(t, p, selection.KeyAddr(a))]++
-			}
-			chiSquare(t, sequential, weights)
-			chiSquare(t, addrs, weights)
+			sharesByWeight(t, selection.Jump, weights)
 		})
 	}
 }

@@ -277,17 +277,24 @@ func TestRendezvousShares(t *testing.T) {
 		"many":    unequal(100, 9),
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newPool(t, selection.Options{Policy: selection.Rendezvous}, weighted(weights...)...)
-			sequential, addrs := make([]int, len(weights)), make([]int, len(weights))
-			for k := range uint64(50_000) {
-				sequential[mustPick(t, p, k)]++
-				a := netip.AddrFrom4([4]byte{192, byte(k >> 16), byte(k >> 8), byte(k)})
-				addrs[mustPick(t, p, selection.KeyAddr(a))]++
-			}
-			chiSquare(t, sequential, weights)
-			chiSquare(t, addrs, weights)
+			sharesByWeight(t, selection.Rendezvous, weights)
 		})
 	}
+}
+
+// sharesByWeight has keys in a row, and those of addresses in a row, shared out by
+// the weights.
+func sharesByWeight(t *testing.T, policy selection.Policy, weights []uint16) {
+	t.Helper()
+	p := newPool(t, selection.Options{Policy: policy}, weighted(weights...)...)
+	sequential, addrs := make([]int, len(weights)), make([]int, len(weights))
+	for k := range uint64(50_000) {
+		sequential[mustPick(t, p, k)]++
+		a := netip.AddrFrom4([4]byte{192, byte(k >> 16), byte(k >> 8), byte(k)})
+		addrs[mustPick(t, p, selection.KeyAddr(a))]++
+	}
+	chiSquare(t, sequential, weights)
+	chiSquare(t, addrs, weights)
 }
 
 // Taking a node down moves its keys and no others, and they return with it.

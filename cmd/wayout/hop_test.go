@@ -467,16 +467,10 @@ func (p *hopProxy) serve(s *scene, c net.Conn) {
 	<-done
 }
 
-// TestHopTLS: a peer within TLS is who its certificate says, or is not spoken
-// to.
-func TestHopTLS(t *testing.T) {
-	t.Parallel()
-	s := newScene(t, true)
-	ca, other := filepath.Join(s.dir, "ca.pem"), filepath.Join(s.dir, "other.pem")
-	own := authority(t, ca, "hop.test")
-	authority(t, other, "hop.test")
-	p := &hopProxy{}
-	l := s.listen(lab.OriginAddr4 + ":3443")
+// serveTLS serves at an address of the origin, within TLS, until the test ends.
+func (p *hopProxy) serveTLS(s *scene, at string, own tls.Certificate) {
+	s.t.Helper()
+	l := s.listen(at)
 	var serving sync.WaitGroup
 	serving.Go(func() {
 		for {
@@ -487,7 +481,19 @@ func TestHopTLS(t *testing.T) {
 			serving.Go(func() { p.serve(s, tls.Server(c, &tls.Config{Certificates: []tls.Certificate{own}})) })
 		}
 	})
-	t.Cleanup(func() { l.Close(); s.daemon.Stop(); serving.Wait() }) //nolint:errcheck // the scene's own cleanup looks at how it ended
+	s.t.Cleanup(func() { l.Close(); s.daemon.Stop(); serving.Wait() }) //nolint:errcheck // the scene's own cleanup looks at how it ended
+}
+
+// TestHopTLS: a peer within TLS is who its certificate says, or is not spoken
+// to.
+func TestHopTLS(t *testing.T) {
+	t.Parallel()
+	s := newScene(t, true)
+	ca, other := filepath.Join(s.dir, "ca.pem"), filepath.Join(s.dir, "other.pem")
+	own := authority(t, ca, "hop.test")
+	authority(t, other, "hop.test")
+	p := &hopProxy{}
+	p.serveTLS(s, lab.OriginAddr4+":3443", own)
 	silent := s.listen(lab.OriginAddr4 + ":3444")
 	t.Cleanup(func() { silent.Close() })
 	node := func(name, file, tlsName, more string) string {

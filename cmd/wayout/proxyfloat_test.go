@@ -1,7 +1,6 @@
 package main_test
 
 import (
-	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"net"
@@ -9,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -349,18 +347,7 @@ func TestPublishPeersTLS(t *testing.T) {
 	own := authority(t, ca, "hop.test")
 	authority(t, other, "hop.test")
 	p := &hopProxy{}
-	l := s.listen(lab.OriginAddr4 + ":3443")
-	var serving sync.WaitGroup
-	serving.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			serving.Go(func() { p.serve(s, tls.Server(c, &tls.Config{Certificates: []tls.Certificate{own}})) })
-		}
-	})
-	t.Cleanup(func() { l.Close(); s.daemon.Stop(); serving.Wait() }) //nolint:errcheck // the scene's own cleanup looks at how it ended
+	p.serveTLS(s, lab.OriginAddr4+":3443", own)
 	s.start(outConfig(fmt.Sprintf("  - {name: dyn, type: proxy_float, enable_path_selection: true, cache: %q, tls_ca: %q, tls_name: hop.test, probe: {tcp: %q, interval: 200ms, timeout: 200ms, rise: 1}}\n", filepath.Join(s.dir, "dyn.json"), ca, target4) +
 		strings.Replace(openServer, "escaper: out", "escaper: dyn", 1)))
 	at := lab.OriginAddr4 + ":3443"

@@ -57,9 +57,6 @@ type Options struct {
 	// Spill: where the policy has picked a path whose ports towards the target
 	// are used up, or nearly so, it picks another.
 	Spill bool
-	// Float says that the nodes are published at run time, so that there may be
-	// none.
-	Float bool
 	// PassSelection: what the client selected of escapers that this host does
 	// not have goes on to the peer.
 	PassSelection bool

@@ -19,7 +19,7 @@ func TestExpireInForce(t *testing.T) {
 	begin := time.Unix(1_800_000_000, 0)
 	build := func(prior *escaper.Direct, expire time.Time) (*escaper.Direct, *escaper.Table) {
 		e, err := escaper.NewDirect(escaper.Options{
-			Name: "out", Filter: filter(t, nil), EnableSelection: true, Prior: prior, Float: true,
+			Name: "out", Filter: filter(t, nil), EnableSelection: true, Prior: prior,
 			Now: func() time.Time { return begin.Add(time.Duration(clock.Load())) },
 			Nodes: []escaper.NodeOptions{
 				{ID: "a", V4: addr("127.0.0.2"), Expire: expire, Weight: 1},

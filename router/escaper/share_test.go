@@ -25,7 +25,7 @@ func TestTableShares(t *testing.T) {
 		{ID: "b", V4: addr("127.0.3.2"), Weight: 1, Expire: expire},
 	}})
 	other := func(prior *escaper.Direct, ids ...string) *escaper.Direct {
-		o := escaper.Options{Name: "other", EnableSelection: true, Float: true, Idle: idle, Prior: prior, Policy: selection.Serial}
+		o := escaper.Options{Name: "other", EnableSelection: true, Idle: idle, Prior: prior, Policy: selection.Serial}
 		for i, id := range ids {
 			o.Nodes = append(o.Nodes, escaper.NodeOptions{ID: id, V4: addr("127.0.4." + string(rune('1'+i))), Weight: 1})
 		}
