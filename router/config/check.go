@@ -46,7 +46,7 @@ func (d *decoder) finish(c *Config) {
 	escapers := make(map[string]*Escaper, len(c.Escapers))
 	for i := range c.Escapers {
 		e := &c.Escapers[i]
-		if d.places[e] != nil && !d.skipped[e] {
+		if d.places[e] != nil {
 			d.build(e, uplinks)
 			d.checkHealth(e)
 		}
@@ -292,7 +292,7 @@ func (d *decoder) checkInline(p *place, name string, n Inline, escapers map[stri
 	case e == nil:
 		d.failGot(at, line, name, "no escaper has this name")
 		return
-	case e.Type == "" || d.skipped[e]:
+	case e.Type == "":
 		return // said already
 	case e.Type != "direct_float":
 		d.failGot(at, line, "{...}", "a node itself is for a direct_float, and %s is a %s", name, e.Type)
@@ -350,7 +350,7 @@ func (d *decoder) checkServers(c *Config, escapers map[string]*Escaper, edges ma
 	for i := range c.Servers {
 		s := &c.Servers[i]
 		p := d.places[s]
-		if p == nil || d.skipped[s] {
+		if p == nil {
 			continue
 		}
 		s.ListenNets = d.listenNets[&s.Listen]
@@ -380,7 +380,7 @@ func (d *decoder) checkServers(c *Config, escapers map[string]*Escaper, edges ma
 		}
 	}
 	for i := range c.Servers {
-		if p := d.places[&c.Servers[i]]; p != nil && !d.skipped[&c.Servers[i]] {
+		if p := d.places[&c.Servers[i]]; p != nil {
 			d.checkHeld(p, taken)
 		}
 	}
@@ -399,7 +399,7 @@ func (d *decoder) checkUserNames(c *Config) {
 			u := &g.Users[j]
 			p := d.places[u]
 			_, params := selection.SplitUsername(u.Name)
-			if params == "" || p == nil || d.skipped[u] || d.find(p, "password") == nil {
+			if params == "" || p == nil || d.find(p, "password") == nil {
 				continue
 			}
 			d.fail(d.find(p, "name"), "server %s reads %s as parameters (username_params): nobody can log in by this name", c.Servers[reader].Name, params)

@@ -7,7 +7,7 @@
 //	key       the key in the file; a field without one is not read from it
 //	alias     another key with the same meaning
 //	type      the type word, see kinds; absent for structs (a map) and slices of structs (a list of maps)
-//	of, later the words of a "one of" type; later: those that this version does not support yet
+//	of        the words of a "one of" type
 //	ref       the section whose names are the possible values
 //	min, max  bounds of numbers, sizes and durations
 //	default   in the words of the file; absent: the zero value
@@ -15,8 +15,6 @@
 //	for       the types that have the key, in a struct with a type; absent: all. In another type the field is zero
 //	unit      what a bare number counts
 //	meaning   one sentence
-//
-// A blank field with a tag `later` holds keys that are known and not supported by this version.
 package config
 
 import (

@@ -78,7 +78,6 @@ type decoder struct {
 	listened int                                    // ports, of all servers
 	refs     []ref
 	builders map[*Escaper]*builder
-	skipped  map[any]bool // structs of a type that is not supported yet
 	// listenNets are the prefixes of a listen, by the rest of it.
 	listenNets map[*[]netip.AddrPort][]ListenNet
 	aliased    int
@@ -95,7 +94,6 @@ func newDecoder(file string) *decoder {
 		specs:  make(map[*[]Node][]nodeSpec),
 		inline: make(map[*selection.Layer]map[string]Inline),
 
-		skipped:    make(map[any]bool),
 		listenNets: make(map[*[]netip.AddrPort][]ListenNet),
 		builders:   make(map[*Escaper]*builder),
 	}
@@ -249,14 +247,13 @@ func got(n *yaml.Node) string {
 type table struct {
 	fields   []field
 	byKey    map[string][]int // aliases too; several fields where types differ in what a key means
-	later    map[string]bool
-	defaults reflect.Value // a struct of defaults, addressable
+	defaults reflect.Value    // a struct of defaults, addressable
 }
 
 type field struct {
 	index                                     int
 	key, alias, word, unit, def, meaning, ref string
-	of, later, types                          []string
+	of, types                                 []string
 	min, max                                  string
 	required                                  bool
 	decode                                    func(*decoder, *place, *field, reflect.Value)
@@ -268,16 +265,10 @@ func (d *decoder) table(t reflect.Type) *table {
 	if have := d.tables[t]; have != nil {
 		return have
 	}
-	out := &table{byKey: make(map[string][]int), later: make(map[string]bool), defaults: reflect.New(t).Elem()}
+	out := &table{byKey: make(map[string][]int), defaults: reflect.New(t).Elem()}
 	d.tables[t] = out
 	for i := range t.NumField() {
 		sf := t.Field(i)
-		if sf.Name == "_" {
-			for _, key := range strings.Fields(sf.Tag.Get("later")) {
-				out.later[key] = true
-			}
-			continue
-		}
 		key, ok := sf.Tag.Lookup("key")
 		if !ok {
 			continue
@@ -285,7 +276,7 @@ func (d *decoder) table(t reflect.Type) *table {
 		f := field{
 			index: i, key: key, alias: sf.Tag.Get("alias"), word: sf.Tag.Get("type"), unit: sf.Tag.Get("unit"),
 			def: sf.Tag.Get("default"), meaning: sf.Tag.Get("meaning"), ref: sf.Tag.Get("ref"),
-			of: strings.Fields(sf.Tag.Get("of")), later: strings.Fields(sf.Tag.Get("later")), types: strings.Fields(sf.Tag.Get("for")),
+			of: strings.Fields(sf.Tag.Get("of")), types: strings.Fields(sf.Tag.Get("for")),
 			min: sf.Tag.Get("min"), max: sf.Tag.Get("max"), required: sf.Tag.Get("required") == "yes",
 		}
 		switch {
@@ -378,9 +369,6 @@ func (d *decoder) structure(p *place, v reflect.Value) {
 	if v.Type() != reflect.TypeFor[nodeSpec]() {
 		d.places[v.Addr().Interface()] = p
 	}
-	if d.tooNew(p, t, v) {
-		return
-	}
 	var seen [64]*yaml.Node // by field: its key
 	c := p.node.Content
 	for i := 0; i+1 < len(c) && !d.spent; i += 2 {
@@ -454,10 +442,6 @@ func (d *decoder) keyed(p *place, t *table, k *yaml.Node, typ string) int {
 		return -1
 	}
 	kp := &place{up: p, key: k.Value}
-	if t.later[k.Value] {
-		d.failGot(kp, k.Line, k.Value, "not supported by this version")
-		return -1
-	}
 	if near := nearest(k.Value, t, typ); near != "" {
 		d.failGot(kp, k.Line, k.Value, "unknown key (perhaps %s is meant)", near)
 		return -1
@@ -475,31 +459,6 @@ func spilled(p *place, k *yaml.Node) bool {
 	for i := 0; i+1 < len(p.node.Content); i += 2 {
 		if v := p.node.Content[i+1]; p.node.Content[i].Value == "password" && v.Style == 0 &&
 			strings.HasPrefix(v.Value, "$argon2") && strings.Count(v.Value, "$") == 3 {
-			return true
-		}
-	}
-	return false
-}
-
-// tooNew says whether the map at p is of a type that this version does not support: its other keys are then not looked
-// at, save for the name, which others may refer to.
-func (d *decoder) tooNew(p *place, t *table, v reflect.Value) bool {
-	i := t.byKey["type"]
-	if len(i) == 0 {
-		return false
-	}
-	tp := d.find(p, "type")
-	if tp == nil || tp.node.Kind != yaml.ScalarNode {
-		return false
-	}
-	for _, word := range t.fields[i[0]].later {
-		if tp.node.Value == word {
-			d.fail(tp, "not supported by this version")
-			d.skipped[v.Addr().Interface()] = true
-			if np := d.find(p, "name"); np != nil {
-				f := &t.fields[t.byKey["name"][0]]
-				f.decode(d, np, f, v.Field(f.index))
-			}
 			return true
 		}
 	}

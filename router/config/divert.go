@@ -170,7 +170,7 @@ func (d *decoder) checkDiverts(c *Config) {
 	for i := range c.Servers {
 		s := &c.Servers[i]
 		p := d.places[s]
-		if p == nil || d.skipped[s] {
+		if p == nil {
 			continue
 		}
 		for _, at := range d.itemsOf(p, "listen") {

@@ -243,7 +243,7 @@ func (d *decoder) duration(p *place, f *field, v reflect.Value) {
 	v.Set(reflect.ValueOf(t).Convert(reflect.TypeFor[time.Duration]()))
 }
 
-// word reads one of the words of a field; later ones are known and refused.
+// word reads one of the words of a field.
 func (d *decoder) word(p *place, f *field) (string, bool) {
 	s, ok := d.text(p)
 	switch {
@@ -251,8 +251,6 @@ func (d *decoder) word(p *place, f *field) (string, bool) {
 		return "", false
 	case slices.Contains(f.of, s):
 		return s, true
-	case slices.Contains(f.later, s):
-		d.fail(p, "not supported by this version")
 	default:
 		d.fail(p, "want %s", orList(f.of))
 	}

@@ -193,7 +193,7 @@ func (d *decoder) checkPeers(e *Escaper, escapers map[string]*Escaper) {
 			d.fail(at, "no escaper has the name %s", name)
 			continue
 		}
-		if by.Type == "" || d.skipped[by] {
+		if by.Type == "" {
 			continue // said already
 		}
 		if by.Type == "direct_float" {
